@@ -1,0 +1,1 @@
+"""Reading and resampling audio, the log-mel front-end, augmentation."""

@@ -1,0 +1,1 @@
+"""Parameter bytes, MACs, the verdict."""

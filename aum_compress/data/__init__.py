@@ -1,0 +1,1 @@
+"""Clips and their index: TAU mobile, class folders, synthetic soundscapes; checks, feature cache, data module."""

@@ -1,0 +1,1 @@
+"""ONNX writing, verification, the torch-free runtime."""

@@ -1,0 +1,1 @@
+"""Implementations of the selective scan, chosen behind `models.scan`."""

@@ -1,0 +1,1 @@
+"""Reports of a run as Markdown, JSON and HTML."""
