@@ -1,0 +1,144 @@
+"""Model configurations: all that is needed to rebuild a model around its tensors. Torch-free.
+
+Widths are **per block**, so that a pruned model is an ordinary configuration and never a mask. Letters of DESIGN
+section 2: `M` d_model, `D` d_inner, `N` d_state, `R` dt_rank, `K` conv taps, `L` tokens, `F` mel bins, `T` frames.
+"""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlockConfig(Frozen):
+    """One pre-norm residual Mamba block."""
+
+    d_inner: Positive
+    d_state: Positive
+    dt_rank: Positive
+    d_conv: Positive = 4
+    directions: Literal[1, 2] = 2
+    """2: forward and backward scan with weights of their own (Vim "v2", AuM "Bi-Bi"), their sum halved. 1: forward only."""
+
+
+class PatchStem(Frozen):
+    """AuM's tokeniser: one strided convolution, tokens in frequency-major order."""
+
+    kind: Literal["patch"] = "patch"
+    patch_mels: Positive = 16
+    patch_frames: Positive = 16
+    stride_mels: Positive = 16
+    stride_frames: Positive = 16
+
+
+class ConvStage(Frozen):
+    """An inverted residual (1x1 expand, 3x3 depthwise, 1x1 project); `expansion` 0 makes it one plain 3x3 convolution."""
+
+    channels: Positive
+    stride_mels: Annotated[int, Field(ge=1, le=4)] = 2
+    stride_frames: Annotated[int, Field(ge=1, le=4)] = 1
+    expansion: Annotated[float, Field(ge=0)] = 2.0
+
+
+class ConvStem(Frozen):
+    """Small convolutional tokeniser. A 16x16 patch embedding alone would take 256*M parameters."""
+
+    kind: Literal["conv"] = "conv"
+    stages: Annotated[tuple[ConvStage, ...], Field(min_length=1)]
+    token: Literal["frame", "cell"] = "frame"
+    """`frame`: all mel rows of a frame make one token, in time order. `cell`: every time-frequency cell is one, frequency-major."""
+    folded: bool = False
+    """True once batch normalisation has been folded into the convolutions (`models.factory.fold_batch_norm`)."""
+
+    @model_validator(mode="after")
+    def _first_stage_is_plain(self) -> "ConvStem":
+        if self.stages[0].expansion:
+            raise ValueError(
+                "stages.0.expansion must be 0: the first stage reads one channel, there is nothing to expand"
+            )
+        return self
+
+
+class AudioMambaConfig(Frozen):
+    """AuM and its students: stem -> tokens (B,L,M) -> Mamba blocks -> RMSNorm -> pool -> linear head."""
+
+    family: Literal["audio_mamba"] = "audio_mamba"
+    n_mels: Positive
+    n_frames: Positive
+    n_classes: Annotated[int, Field(ge=2)]
+    d_model: Positive
+    blocks: Annotated[tuple[BlockConfig, ...], Field(min_length=1)]
+    stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")]
+    pool: Literal["class_token", "mean"] = "mean"
+    """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: the mean over tokens."""
+    position: Literal["absolute", "none"] = "none"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows (frequency) and columns (time) of the stem's output."""
+        return stem_grid(self.stem, self.n_mels, self.n_frames)
+
+    @property
+    def n_tokens(self) -> int:
+        """L, the class token included."""
+        rows, columns = self.grid
+        patches = columns if isinstance(self.stem, ConvStem) and self.stem.token == "frame" else rows * columns
+        return patches + (self.pool == "class_token")
+
+    @model_validator(mode="after")
+    def _stem_fits(self) -> "AudioMambaConfig":
+        rows, columns = self.grid
+        if rows < 1 or columns < 1:
+            raise ValueError(
+                f"stem: leaves a {rows} x {columns} grid of {self.n_mels} mel bins x {self.n_frames} frames; "
+                "use smaller patches or strides"
+            )
+        return self
+
+
+class CPMobileConfig(Frozen):
+    """CP-Mobile, the DCASE 2025 Task 1 baseline network; the defaults are the baseline's."""
+
+    family: Literal["cp_mobile"] = "cp_mobile"
+    n_mels: Positive
+    n_frames: Positive
+    n_classes: Annotated[int, Field(ge=2)]
+    base_channels: Positive = 32
+    channels_multiplier: Annotated[float, Field(gt=0)] = 1.8
+    expansion_rate: Annotated[float, Field(gt=0)] = 2.1
+    folded: bool = False
+
+
+ModelConfig = Annotated[AudioMambaConfig | CPMobileConfig, Field(discriminator="family")]
+
+
+def stem_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> tuple[int, int]:
+    """Rows and columns that a stem leaves of an (F,T) spectrogram."""
+    if isinstance(stem, PatchStem):
+        return (
+            (n_mels - stem.patch_mels) // stem.stride_mels + 1,
+            (n_frames - stem.patch_frames) // stem.stride_frames + 1,
+        )
+    rows, columns = n_mels, n_frames
+    for stage in stem.stages:  # 3x3 kernels padded by 1: ceil division by the stride
+        rows, columns = -(-rows // stage.stride_mels), -(-columns // stage.stride_frames)
+    return rows, columns
+
+
+def uniform_blocks(
+    depth: int, d_model: int, *, expand: float = 2.0, d_state: int = 16, dt_rank: int | None = None, directions: int = 2
+) -> tuple[BlockConfig, ...]:
+    """`depth` equal blocks by Mamba's rule: D = expand*M, R = ceil(M/16)."""
+    block = BlockConfig(
+        d_inner=round(expand * d_model),
+        d_state=d_state,
+        dt_rank=dt_rank or math.ceil(d_model / 16),
+        directions=directions,
+    )
+    return (block,) * depth

@@ -1,0 +1,123 @@
+"""The selective scan, the one seam of DESIGN section 4.
+
+Glossary: `B` batch, `L` tokens, `D` d_inner, `N` d_state. `u` the scan's input, `delta` the input-dependent step size,
+`A` the (negative) state matrix's diagonal, `B` and `C` the input and output maps, `D` the skip weight, `z` the gate.
+
+`selective_scan` is a `torch.library` operator, so that tracing, MAC counting and export see one node.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aum_compress.kernels import build, cpu
+from aum_compress.models.scan_loop import scan_loop_backward, scan_loop_forward
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Mamba-1 selective scan; signature and shapes of mamba-ssm's `selective_scan_fn`.
+
+    With dt = softplus(delta + delta_bias) where asked for:
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = C_t . h_t + D u_t;  y is gated by silu(z).
+    (Gu and Dao 2023, "Mamba", section 3; B is discretised by Euler's rule, as in the authors' code.)
+
+    Args:
+        u, delta, z: (B,D,L). A: (D,N), negative. B, C: (B,N,L). D, delta_bias: (D,).
+        delta_softplus: pass delta through softplus, after the bias.
+
+    Returns:
+        (B,D,L), in the dtype of `u`. The recurrence runs in float32 (float64 for float64 input) under any autocast.
+    """
+    work = torch.float64 if u.dtype == torch.float64 else torch.float32
+    parts = [None if t is None else t.to(work) for t in (u, delta, A, B, C, D, z, delta_bias)]
+    return _scan(*parts, delta_softplus).to(u.dtype)
+
+
+def selective_scan_oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> Tensor:
+    """The definition as a plain loop; shapes of `selective_scan`. Only tests and verification call it."""
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    dt = F.softplus(delta) if delta_softplus else delta
+    state = u.new_zeros(u.shape[0], *A.shape)
+    outputs = []
+    for t in range(u.shape[2]):
+        drive = (dt[:, :, t] * u[:, :, t])[:, :, None] * B[:, None, :, t]
+        state = torch.exp(dt[:, :, t, None] * A) * state + drive
+        outputs.append((state * C[:, None, :, t]).sum(-1))
+    y = torch.stack(outputs, dim=2)
+    if D is not None:
+        y = y + D[:, None] * u
+    return y if z is None else y * F.silu(z)
+
+
+@torch.library.custom_op("aum_compress::selective_scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    forward = cpu.scan_forward if _fused(u) else scan_loop_forward
+    return forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+@torch.library.custom_op("aum_compress::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> list[Tensor]:
+    backward = cpu.scan_backward if _fused(u) else scan_loop_backward
+    gradients = backward(grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return [g for g in gradients if g is not None]
+
+
+def _fused(u: Tensor) -> bool:
+    return u.device.type == "cpu" and u.dtype == torch.float32 and build.library() is not None
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@_scan_backward.register_fake
+def _(grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor):
+    tensors = ctx.saved_tensors
+    gradients = iter(_scan_backward(grad.contiguous(), *tensors, ctx.delta_softplus))
+    return *(None if t is None else next(gradients) for t in tensors), None
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
