@@ -44,3 +44,22 @@ class FrontEndConfig(BaseModel):
     def n_frames(self, clip_seconds: float) -> int:
         """T: frames of one clip."""
         return 1 + self.clip_samples(clip_seconds) // self.hop_samples
+
+
+class InputSpec(BaseModel):
+    """What a model expects: features = (log_mel(clip) - mean) / std, one (1,F,T) map a clip.
+
+    The normalisation belongs to the front-end, outside the model and its budget, as the log-mel itself does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    front_end: FrontEndConfig
+    clip_seconds: Annotated[float, Field(gt=0)]
+    mean: float = 0.0
+    std: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(1,F,T) of one clip."""
+        return (1, self.front_end.n_mels, self.front_end.n_frames(self.clip_seconds))

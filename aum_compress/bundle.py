@@ -1,0 +1,260 @@
+"""The bundle: what every stage reads and writes (DESIGN section 5). Reading its card needs no torch.
+
+A bundle is written beside its place and renamed into it, its card last, then never changed. Every file is named in the
+card with its sha256, so that an altered or cut bundle is refused with the file named.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from aum_compress import __version__
+from aum_compress.audio.config import InputSpec
+from aum_compress.errors import BundleError, join_problems
+from aum_compress.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aum_compress.models.factory import Model
+
+SCHEMA = 1
+CARD, TENSORS, GOLDEN, RECIPE = "bundle.json", "model.safetensors", "golden.npz", "recipe.yaml"
+GOLDEN_CLIPS = 4
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference of golden logits at read time: other machines sum in another order, no more."""
+
+
+class ParentRef(BaseModel):
+    """The bundle that this one was made from: its path relative to this bundle, and its card's sha256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: str
+    sha256: str
+
+
+class BundleCard(BaseModel):
+    """`bundle.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["model", "onnx"]
+    stage: str
+    recipe: str
+    inputs_sha256: str = ""
+    """Hash over everything the stage read; an equal one means that the stage need not run again."""
+    parent: ParentRef | None = None
+    model: ModelConfig
+    input: InputSpec
+    labels: tuple[str, ...]
+    precision: Literal["fp32", "fp16", "int8"]
+    quantized_layers: tuple[str, ...] = ()
+    seed: int
+    versions: dict[str, str]
+    created: str
+    metrics: dict[str, Any] = {}
+    budget: dict[str, Any] | None = None
+    notes: dict[str, Any] = {}
+    """What the stage wants to be remembered: training curves, pruning importances, quantisation error."""
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files have been checked against its card."""
+
+    path: Path
+    card: BundleCard
+
+    @property
+    def sha256(self) -> str:
+        """Of the card, and through it of every file."""
+        return file_sha256(self.path / CARD)
+
+    def tensors(self) -> dict[str, "Tensor"]:
+        """Tensors at their stored width."""
+        from safetensors.torch import load_file
+
+        return load_file(self._file(TENSORS))
+
+    def golden(self) -> tuple[np.ndarray, np.ndarray]:
+        """Golden inputs (B,1,F,T) and the logits (B,C) that the bundle's writer computed."""
+        with np.load(self._file(GOLDEN), allow_pickle=False) as stored:
+            return stored["inputs"], stored["logits"]
+
+    def load_model(self) -> "Model":
+        """The model in evaluation mode, rebuilt from configuration and tensors, and proved on the golden inputs.
+
+        Raises:
+            BundleError: tensors that do not fit the configuration, or golden logits that differ.
+        """
+        import torch
+
+        from aum_compress.models.factory import build_model
+        from aum_compress.models.quantized import load_stored, swap_in_quantized
+
+        model = build_model(self.card.model)
+        swap_in_quantized(model, self.card.quantized_layers)
+        if problems := load_stored(model, self.tensors()):
+            raise BundleError(
+                join_problems(f"{self.path / TENSORS}: tensors do not fit the model of {CARD}:", problems)
+            )
+        model.eval()
+        inputs, expected = self.golden()
+        with torch.inference_mode():
+            found = model(torch.from_numpy(inputs)).numpy()
+        error = float(np.abs(found - expected).max())
+        if not error <= GOLDEN_TOLERANCE * max(1.0, float(np.abs(expected).max())):
+            raise BundleError(
+                f"{self.path}: golden logits differ by {error:.3g} from {GOLDEN}, wanted at most {GOLDEN_TOLERANCE:g} "
+                "relative: this machine or version does not compute what the bundle's writer did; make the bundle again"
+            )
+        return model
+
+    def _file(self, name: str) -> Path:
+        if name not in self.card.files:
+            raise BundleError(f"{self.path}: has no {name} (kind {self.card.kind}, stage {self.card.stage})")
+        return self.path / name
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Opens a bundle and checks the sha256 of each file.
+
+    Raises:
+        BundleError: no bundle there, a card that cannot be read, a file absent, cut or altered: all named at once.
+    """
+    card_path = path / CARD
+    if not card_path.is_file():
+        what = "no such folder" if not path.exists() else f"no {CARD} in it"
+        raise BundleError(f"{path}: not a bundle: {what}. A bundle is a folder that a stage of a recipe has written")
+    try:
+        card = BundleCard.model_validate_json(card_path.read_bytes())
+    except (ValidationError, UnicodeDecodeError) as error:
+        detail = str(error).splitlines()[:6]
+        raise BundleError(
+            f"{card_path}: cannot be read as a bundle card of schema {SCHEMA}; cut short or altered? {' '.join(detail)}"
+        ) from None
+    problems = []
+    for name, wanted in card.files.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name}: absent")
+        elif (found := file_sha256(file)) != wanted:
+            problems.append(f"{name}: altered or cut short: sha256 {found[:12]}..., wanted {wanted[:12]}...")
+    if problems:
+        raise BundleError(
+            join_problems(f"{path}: files differ from {CARD}; delete the folder and run its stage again:", problems)
+        )
+    return Bundle(path, card)
+
+
+def find_bundle(path: Path, inputs_sha256: str) -> Bundle | None:
+    """The whole bundle at `path` if it was made from the same inputs, else None. A damaged one is an error."""
+    if not (path / CARD).is_file():
+        return None
+    bundle = read_bundle(path)
+    return bundle if bundle.card.inputs_sha256 == inputs_sha256 else None
+
+
+def write_bundle(path: Path, card: BundleCard, files: Mapping[str, bytes | Path]) -> Bundle:
+    """Writes `files` (content, or a file to copy) and the card beside `path`, then renames the folder into place.
+
+    A bundle that stood at `path` is replaced as a whole. `card.files` is filled in here.
+
+    Raises:
+        BundleError: the disk is full or not writable; nothing is left at `path` that was not there before.
+    """
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        for name, content in files.items():
+            target = beside / name
+            if isinstance(content, Path):
+                shutil.copyfile(content, target)
+            else:
+                target.write_bytes(content)
+        card = card.model_copy(update={"files": {name: file_sha256(beside / name) for name in files}})
+        (beside / CARD).write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        replace_folder(beside, path)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be written: {error.strerror or error}. Free space or choose another --out"
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return read_bundle(path)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Renames `source` to `target`; a folder that stood there goes away only once the new one is in place."""
+    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_files(model: "Model", golden_inputs: np.ndarray, *, half: bool = False) -> dict[str, bytes]:
+    """`model.safetensors` and `golden.npz` of a model in evaluation mode.
+
+    Args:
+        golden_inputs: (B,1,F,T) float32.
+        half: store floats (but quantisation scales) as float16; the model must already hold such values.
+    """
+    import io
+
+    import torch
+    from safetensors.torch import save
+
+    from aum_compress.models.quantized import stored_tensors
+
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(golden_inputs)).float().numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, inputs=golden_inputs, logits=logits)
+    return {TENSORS: save(stored_tensors(model, half=half)), GOLDEN: buffer.getvalue()}
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Hex digest of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions that decide what a stage computes."""
+    found = {"aum-compress": __version__, "python": platform.python_version()}
+    for package in ("torch", "lightning", "torch-pruning", "onnx", "onnxruntime", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
