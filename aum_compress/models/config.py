@@ -24,7 +24,7 @@ class BlockConfig(Frozen):
     dt_rank: Positive
     d_conv: Positive = 4
     directions: Literal[1, 2] = 2
-    """2: forward and backward scan with weights of their own (Vim "v2", AuM "Bi-Bi"), their sum halved. 1: forward only."""
+    """2: forward and backward scan, weights of their own (Vim "v2", AuM "Bi-Bi"), sum halved. 1: forward only."""
 
 
 class PatchStem(Frozen):
@@ -38,7 +38,7 @@ class PatchStem(Frozen):
 
 
 class ConvStage(Frozen):
-    """An inverted residual (1x1 expand, 3x3 depthwise, 1x1 project); `expansion` 0 makes it one plain 3x3 convolution."""
+    """An inverted residual (1x1 expand, 3x3 depthwise, 1x1 project); `expansion` 0: one plain 3x3 convolution."""
 
     channels: Positive
     stride_mels: Annotated[int, Field(ge=1, le=4)] = 2
@@ -52,16 +52,14 @@ class ConvStem(Frozen):
     kind: Literal["conv"] = "conv"
     stages: Annotated[tuple[ConvStage, ...], Field(min_length=1)]
     token: Literal["frame", "cell"] = "frame"
-    """`frame`: all mel rows of a frame make one token, in time order. `cell`: every time-frequency cell is one, frequency-major."""
+    """`frame`: all mel rows of a frame make one token, in time order. `cell`: each time-frequency cell, mel-major."""
     folded: bool = False
     """True once batch normalisation has been folded into the convolutions (`models.factory.fold_batch_norm`)."""
 
     @model_validator(mode="after")
     def _first_stage_is_plain(self) -> "ConvStem":
         if self.stages[0].expansion:
-            raise ValueError(
-                "stages.0.expansion must be 0: the first stage reads one channel, there is nothing to expand"
-            )
+            raise ValueError("stages.0.expansion must be 0: the first stage reads one channel")
         return self
 
 
@@ -76,7 +74,7 @@ class AudioMambaConfig(Frozen):
     blocks: Annotated[tuple[BlockConfig, ...], Field(min_length=1)]
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")]
     pool: Literal["class_token", "mean"] = "mean"
-    """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: the mean over tokens."""
+    """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: mean over tokens."""
     position: Literal["absolute", "none"] = "none"
 
     @property

@@ -1,4 +1,4 @@
-"""The bidirectional Mamba block of Vim ("v2", AuM's "Bi-Bi"); parameter names are those of the published checkpoints."""
+"""The bidirectional Mamba block of Vim ("v2", AuM's "Bi-Bi"); parameters are named as in published checkpoints."""
 
 import math
 
@@ -15,7 +15,7 @@ FORWARD, BACKWARD = "", "_b"
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32. Unlike nn.RMSNorm it stores no shape that pruning would falsify."""
+    """x / rms(x) * weight over the last axis, in float32. Unlike nn.RMSNorm it stores no shape to go stale."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 class MambaMixer(nn.Module):
-    """(B,L,M) -> (B,L,M). One input and one output projection; convolution, x_proj, dt_proj, A and D for each direction.
+    """(B,L,M) -> (B,L,M). One input and output projection; convolution, x_proj, dt_proj, A and D for each direction.
 
     Source: `Mamba.forward` with `bimamba_type="v2"`, `if_devide_out=True` in AuM's vim-mamba_ssm. All projections are
     called as modules, so that quantisation and hooks reach them.
