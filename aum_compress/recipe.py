@@ -1,0 +1,147 @@
+"""Finding, reading and writing recipes: one typed YAML file from audio to a verified model. Torch-free."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from aum_compress.errors import RecipeError, join_problems
+from aum_compress.recipe_schema import Recipe
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: in the installed package, or beside it in a source checkout."""
+    installed = Path(str(resources.files("aum_compress"))) / "shipped_recipes"
+    return installed if installed.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a shipped recipe (by name) or of the user's own (by path).
+
+    Raises:
+        RecipeError: neither; the message lists the shipped names.
+    """
+    shipped = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name_or_path, shipped, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise RecipeError(
+        f"{name_or_path}: no such recipe: neither a file nor one of the shipped ones ({', '.join(shipped)}).{hint}"
+    )
+
+
+def recipe_head(path: Path) -> list[str]:
+    """The comment at the head of a recipe: what it makes, how long it takes, what it measured."""
+    head = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("#").strip())
+    return head
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Reads and validates a recipe with `section.key=value` settings applied.
+
+    Raises:
+        RecipeError: not readable, not YAML, or not valid; all problems at once, each with its place.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: wanted sections (data:, student:, ...), found {type(raw).__name__}")
+    for setting in settings:
+        _apply_setting(raw, setting)
+    raw.setdefault("name", path.stem)
+    return validate_recipe(raw, str(path))
+
+
+def validate_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """As `load_recipe`, from a mapping; `where` heads the message."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(join_problems(f"{where}: not a valid recipe:", _problems(error))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults filled in; reading it back gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
+
+
+def _apply_setting(raw: dict[str, Any], setting: str) -> None:
+    key, separator, text = setting.partition("=")
+    if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise RecipeError(f"--set {setting}: wanted section.key=value, e.g. --set distill.train.epochs=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {setting}: the value is not YAML: {error}") from None
+    *sections, last = key.split(".")
+    place: Any = raw
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {setting}: {section} is not a section but {place!r}")
+    if value is None and last in place:
+        del place[last]  # `--set prune=null` takes a section out
+    else:
+        place[last] = value
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One line a problem: place, what was found, what was wanted."""
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"] if part not in ("tau", "folders", "synth", "patch", "conv"))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            message = "unknown key" + (f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}")
+        elif item["type"] == "missing":
+            message = "missing"
+        elif item["type"] != "value_error":
+            message += f", got {item['input']!r}"
+        lines.append(f"{place}: {message}" if place else message)
+    return lines
+
+
+def _known_keys(place: tuple[Any, ...]) -> list[str]:
+    """Keys that the section at `place` of a recipe takes, read from the JSON schema."""
+    schema = Recipe.model_json_schema()
+    candidates = [schema]
+    for part in place:
+        step: list[dict[str, Any]] = []
+        for candidate in candidates:
+            for option in _options(candidate, schema):
+                if part in option.get("properties", {}):
+                    step += _options(option["properties"][part], schema)
+                elif option.get("properties", {}).get("kind", {}).get("const") == part:
+                    step.append(option)
+                elif isinstance(part, int) and "items" in option:
+                    step += _options(option["items"], schema)
+        candidates = step
+    return sorted({key for candidate in candidates for key in candidate.get("properties", {})})
+
+
+def _options(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    if "$ref" in node:
+        return _options(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], schema)
+    alternatives = node.get("anyOf", []) + node.get("oneOf", [])
+    return [option for alternative in alternatives for option in _options(alternative, schema)] or [node]

@@ -1,0 +1,247 @@
+"""The sections of a recipe, their keys, defaults and checks. Torch-free.
+
+Sections follow the order of the work; a section left out is a stage skipped. Every default stands here, so that the
+resolved recipe which a bundle carries says all that was done.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from aum_compress.audio.config import FrontEndConfig
+from aum_compress.data.config import DataConfig
+from aum_compress.errors import RecipeError
+from aum_compress.models.config import (
+    AudioMambaConfig,
+    BlockConfig,
+    ConvStem,
+    CPMobileConfig,
+    PatchStem,
+    uniform_blocks,
+)
+from aum_compress.models.presets import PRESETS
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+
+class AugmentConfig(Section):
+    """Training-time augmentation; all off by default but the baseline's small time roll."""
+
+    time_roll_seconds: NonNegative = 0.1
+    """Circular shift by up to this much either way."""
+    frequency_mask_mels: Annotated[int, Field(ge=0)] = 0
+    time_mask_frames: Annotated[int, Field(ge=0)] = 0
+    mixstyle_p: Probability = 0.0
+    """Freq-MixStyle: chance that a batch has its per-frequency statistics mixed."""
+    mixstyle_alpha: PositiveFloat = 0.3
+    mixup_alpha: NonNegative = 0.0
+    """Beta(alpha, alpha) mixing of clips and their targets; 0 switches it off."""
+    device_response_p: Probability = 0.0
+    """Chance that a clip is played through a random impulse response of `device_response_folder`."""
+    device_response_folder: Path | None = None
+
+    @model_validator(mode="after")
+    def _responses_have_a_folder(self) -> "AugmentConfig":
+        if self.device_response_p and self.device_response_folder is None:
+            raise ValueError("device_response_p needs device_response_folder, a folder of impulse responses (wav)")
+        return self
+
+
+class TrainConfig(Section):
+    """One training run: AdamW, linear warm-up, cosine down to zero; the best epoch by validation accuracy is kept."""
+
+    epochs: Positive
+    batch_size: Positive = 32
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegative = 0.05
+    warmup_epochs: NonNegative = 1.0
+    gradient_clip: PositiveFloat | None = 1.0
+    """Largest gradient norm."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    accumulate_batches: Positive = 1
+    """Batches summed into one optimiser step."""
+    precision: Literal["32", "16-mixed", "bf16-mixed"] = "32"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Positive | Literal["auto"] = 1
+    nodes: Positive = 1
+    strategy: str = "auto"
+    """Lightning's name: `auto`, `ddp`, `fsdp`, ..."""
+    logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ModelSection(Section):
+    """A preset and what is changed about it. Widths given here hold for every block."""
+
+    preset: Literal["aum-tiny", "aum-small", "aum-base", "student", "cp-mobile"]
+    d_model: Positive | None = None
+    depth: Positive | None = None
+    d_inner: Positive | None = None
+    d_state: Positive | None = None
+    dt_rank: Positive | None = None
+    directions: Literal[1, 2] | None = None
+    stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
+    pool: Literal["class_token", "mean"] | None = None
+    position: Literal["absolute", "none"] | None = None
+
+    @model_validator(mode="after")
+    def _cp_mobile_is_fixed(self) -> "ModelSection":
+        changed = sorted(self.model_fields_set & set(ModelSection.model_fields) - {"preset"})
+        if self.preset == "cp-mobile" and changed:
+            raise ValueError(f"cp-mobile is the reference network as published: {', '.join(changed)} cannot be changed")
+        return self
+
+    def resolve(self, n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig | CPMobileConfig:
+        """The full configuration for (F,T) features and C classes.
+
+        Raises:
+            RecipeError: the stem leaves no token of such features.
+        """
+        try:
+            base = PRESETS[self.preset](n_mels, n_frames, n_classes)
+            if isinstance(base, CPMobileConfig):
+                return base
+            first: BlockConfig = base.blocks[0]
+            d_model = self.d_model or base.d_model
+            blocks = uniform_blocks(
+                self.depth or len(base.blocks),
+                d_model,
+                expand=(self.d_inner / d_model) if self.d_inner else first.d_inner / base.d_model,
+                d_state=self.d_state or first.d_state,
+                dt_rank=self.dt_rank,
+                directions=self.directions or first.directions,
+            )
+            changes = {"d_model": d_model, "blocks": blocks}
+            for key in ("stem", "pool", "position"):
+                if (value := getattr(self, key)) is not None:
+                    changes[key] = value
+            return AudioMambaConfig.model_validate(dict(base) | changes)
+        except ValidationError as error:
+            raise RecipeError(f"preset {self.preset}: {'; '.join(e['msg'] for e in error.errors())}") from None
+
+
+class TrainedModelSection(ModelSection):
+    """A model and the training with labels alone that makes it."""
+
+    train: TrainConfig
+
+
+class StudentSection(ModelSection):
+    """The small model. Without `train` it is not trained on labels alone first: distillation starts it afresh."""
+
+    preset: Literal["aum-tiny", "aum-small", "aum-base", "student", "cp-mobile"] = "student"
+    train: TrainConfig | None = None
+
+
+class DistillSection(Section):
+    """loss = lambda * CE(labels) + (1 - lambda) * T^2 * KL(teacher || student), both softened by T.
+
+    Teacher logits are computed once, on clips without augmentation, and kept by clip and checksum; several teachers'
+    logits are averaged.
+    """
+
+    teachers: Annotated[tuple[str, ...], Field(min_length=1)] = ("teacher",)
+    """`teacher` and `reference` are this recipe's stages; anything else is the path of a bundle."""
+    label_weight: Annotated[float, Field(alias="lambda", ge=0, le=1)] = 0.17
+    """Written `lambda` in the recipe. 0.17 with `batchmean` weighs as CP-JKU's 0.02 with `mean` over 10 classes."""
+    temperature: PositiveFloat = 2.0
+    kl_reduction: Literal["batchmean", "mean"] = "batchmean"
+    """`batchmean` sums over classes; `mean` also divides by their number, as CP-JKU's code does."""
+    train: TrainConfig
+
+
+class PruneSection(Section):
+    """Structured pruning of d_inner, channels removed from the tensors, with fine-tuning after each step."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of all d_inner channels to remove, ranked over all blocks together."""
+    steps: Positive = 1
+    importance: Literal["taylor", "magnitude"] = "taylor"
+    round_to: Positive = 8
+    """d_inner of each block is kept a multiple of this."""
+    max_block_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """No block loses more than this share."""
+    finetune: TrainConfig
+    """Training after each step, with the loss of `distill` where the recipe has that section."""
+
+
+class QuantizeSection(Section):
+    """int8 weights for each output channel, calibrated uint8 inputs; everything else is stored as float16."""
+
+    calibration_clips: Positive = 256
+    """Training clips that set the ranges of the layers' inputs."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """Of each layer's input values that the range has to cover, either way."""
+    weight_bits: Literal[7, 8] = 7
+    """7 keeps integer products within 16 bits, where x86 CPUs without VNNI would saturate silently."""
+    keep_float: tuple[str, ...] = ()
+    """Names (or beginnings of names) of layers that stay float16."""
+
+
+class BudgetSection(Section):
+    max_param_bytes: Positive = 128_000
+    max_macs: Positive = 30_000_000
+    """For one second of audio."""
+
+
+class ExportSection(Section):
+    precisions: Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], Field(min_length=1)] = ("fp32", "fp16", "int8")
+    dynamic_batch: bool = False
+    name: str | None = None
+    """Folder below exports/; the recipe's name when left out."""
+
+
+class VerifySection(Section):
+    clips: Annotated[int, Field(ge=0)] = 64
+    """Test clips to compare on, beside golden, random, silent and full-scale inputs."""
+
+
+class Recipe(Section):
+    """The whole file."""
+
+    name: str = ""
+    """Taken from the file's name when left out."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Positive | None = None
+    """CPU threads; torch's own choice when left out."""
+    data: DataConfig
+    features: FrontEndConfig = FrontEndConfig()
+    reference: TrainedModelSection | None = None
+    """A rival, trained and measured on the same data; may also teach."""
+    teacher: TrainedModelSection | None = None
+    student: StudentSection | None = None
+    distill: DistillSection | None = None
+    prune: PruneSection | None = None
+    quantize: QuantizeSection | None = None
+    budget: BudgetSection | None = None
+    export: ExportSection | None = None
+    verify: VerifySection | None = None
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Recipe":
+        problems = []
+        if self.student is None and (self.distill or self.prune or self.quantize or self.export):
+            problems.append("student: needed by distill, prune, quantize and export")
+        if self.student and not self.student.train and not self.distill:
+            problems.append("student.train: needed, since there is no distill section to train the student")
+        if self.distill:
+            for stage in ("teacher", "reference"):
+                if stage in self.distill.teachers and getattr(self, stage) is None:
+                    problems.append(f"distill.teachers: names {stage}, but the recipe has no section {stage}")
+        if self.student and self.student.preset == "cp-mobile" and self.prune:
+            problems.append("prune: works on Mamba blocks, and cp-mobile has none")
+        if self.export and "int8" in self.export.precisions and self.quantize is None:
+            problems.append("export.precisions: int8 needs a quantize section")
+        if self.verify and self.export is None:
+            problems.append("verify: needs an export section")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,31 @@
+"""Cross-entropy for hard or mixed labels, and the distillation loss."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def label_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, mean over the batch. Args: logits (B,C); targets (B,) indices, or (B,C) probabilities (mixup)."""
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def distillation_loss(
+    logits: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor,
+    *,
+    label_weight: float,
+    temperature: float,
+    kl_reduction: str = "batchmean",
+) -> Tensor:
+    """lambda * CE + (1 - lambda) * T^2 * KL(teacher || student), both softened by T (Hinton et al. 2015).
+
+    Args:
+        logits, teacher_logits: (B,C). targets: as in `label_loss`.
+        label_weight: lambda. kl_reduction: `batchmean`, the KL divergence proper; `mean` divides it by C as well, which
+            is what `.mean()` does in CP-JKU's DCASE 2023 code.
+    """
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, reduction=kl_reduction, log_target=True) * temperature**2
+    return label_weight * F.cross_entropy(logits, targets) + (1 - label_weight) * divergence

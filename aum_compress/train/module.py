@@ -1,0 +1,133 @@
+"""The Lightning module: augmentation, loss, optimiser and schedule of one training run."""
+
+import math
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from aum_compress.audio import augment
+from aum_compress.audio.config import InputSpec
+from aum_compress.audio.frontend import LogMel
+from aum_compress.recipe_schema import DistillSection, TrainConfig
+from aum_compress.train.losses import distillation_loss, label_loss
+
+
+class TrainingModule(L.LightningModule):
+    """Trains `model` on batches `(x, y, index)`: x (B,S) waveforms or (B,1,F,T) log-mel, y and index of the clip (B,).
+
+    All random choices of a step come from a generator seeded by (seed, epoch, batch): a resumed run draws what the
+    unbroken one would have drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: InputSpec,
+        config: TrainConfig,
+        *,
+        n_classes: int,
+        steps_per_epoch: int,
+        seed: int,
+        responses: augment.DeviceResponses | None = None,
+        teacher_logits: Tensor | None = None,
+        distill: DistillSection | None = None,
+    ) -> None:
+        """Args: teacher_logits (n,C), row `index` of each batch; responses: for waveforms only."""
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.config = config
+        self.n_classes = n_classes
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.responses = responses
+        self.distill = distill
+        self.log_mel = LogMel(spec.front_end)
+        # not a buffer: the checkpoint must not carry it
+        self.teacher_logits = teacher_logits
+        self.validation_accuracy = MulticlassAccuracy(n_classes, average="macro")
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y, index = batch
+        place = (self.seed * 10_007 + self.current_epoch) * 1_000_003 + batch_idx * 1_009 + self.global_rank
+        generator = torch.Generator().manual_seed(place % 2**63)
+        features = self._augmented(x, generator)
+        teacher = None if self.teacher_logits is None else self.teacher_logits[index.cpu()].to(features.device)
+        targets = y
+        if self.config.augment.mixup_alpha:
+            features, order, share = augment.mixup(features, self.config.augment.mixup_alpha, generator)
+            rows = share.view(-1, 1)
+            one_hot = F.one_hot(y, self.n_classes).to(features.dtype)
+            targets = rows * one_hot + (1 - rows) * one_hot[order]
+            if teacher is not None:
+                teacher = rows * teacher + (1 - rows) * teacher[order]
+        logits = self.model(features).float()
+        if teacher is None:
+            loss = label_loss(logits, targets, self.config.label_smoothing)
+        else:
+            loss = distillation_loss(
+                logits,
+                targets,
+                teacher,
+                label_weight=self.distill.label_weight,
+                temperature=self.distill.temperature,
+                kl_reduction=self.distill.kl_reduction,
+            )
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(y), sync_dist=True)
+        return loss
+
+    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Normalised, augmented features (B,1,F,T)."""
+        config = self.config.augment
+        front_end = self.spec.front_end
+        if x.dim() == 2:
+            x = augment.time_roll(x, round(config.time_roll_seconds * front_end.sample_rate_hz), generator)
+            if self.responses is not None:
+                x = self.responses.apply(x, config.device_response_p, generator)
+            x = self.log_mel(x)
+        else:
+            frames = round(config.time_roll_seconds * front_end.sample_rate_hz / front_end.hop_samples)
+            x = augment.time_roll(x, frames, generator)
+        x = (x - self.spec.mean) / self.spec.std
+        if config.mixstyle_p:
+            x = augment.freq_mixstyle(x, config.mixstyle_p, config.mixstyle_alpha, generator)
+        if config.frequency_mask_mels or config.time_mask_frames:
+            x = augment.mask(x, config.frequency_mask_mels, config.time_mask_frames, generator)
+        return x
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        x, y, _ = batch
+        features = self.log_mel(x) if x.dim() == 2 else x
+        logits = self.model((features - self.spec.mean) / self.spec.std).float()
+        self.validation_accuracy(logits, y)
+        self.log("val_accuracy", self.validation_accuracy, on_epoch=True, batch_size=len(y))
+        self.log("val_loss", F.cross_entropy(logits, y), on_epoch=True, batch_size=len(y), sync_dist=True)
+
+    def configure_optimizers(self):
+        groups = parameter_groups(self.model, self.config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
+        steps = self.steps_per_epoch
+        warmup, total = self.config.warmup_epochs * steps, self.config.epochs * steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for matrices and convolutions only: not for norms, biases, positions, the class token, A and D.
+
+    Decided by name and shape, because pruning replaces parameters and loses attributes on them.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.dim() < 2 or name.endswith(("_log", "pos_embed", "cls_token"))
+        (kept if plain else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
