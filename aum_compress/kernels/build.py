@@ -40,7 +40,7 @@ class _BuildError(Exception):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None: silently where it is switched off, after one logged warning where it cannot be built.
+    """The compiled kernel, or None: silently where switched off, after one logged warning where it cannot be built.
 
     Safe when several processes call it at once: each compiles beside the cached file and renames into place.
     """
