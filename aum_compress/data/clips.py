@@ -1,5 +1,6 @@
 """What a data set is to the rest of the package: clips with labels, and three disjoint parts of them."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ class Clip:
     folders."""
     start_seconds: float = 0.0
 
+    @property
+    def filename(self) -> str:
+        """`clip_id` of the whole file: the path below the root, without the window's number."""
+        return re.sub(r"#\d+$", "", self.clip_id)
+
 
 @dataclass(frozen=True)
 class DataIndex:
@@ -35,6 +41,8 @@ class DataIndex:
     train: tuple[Clip, ...]
     validation: tuple[Clip, ...]
     test: tuple[Clip, ...]
+    shortest_seconds: float = 0.0
+    """A file with less audio than this is a bad file; one that has less than `clip_seconds` is padded with silence."""
 
     @property
     def seen_devices(self) -> frozenset[str]:
