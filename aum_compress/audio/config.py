@@ -28,6 +28,8 @@ class FrontEndConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "FrontEndConfig":
+        if self.n_fft % 2:
+            raise ValueError(f"n_fft {self.n_fft} must be even, so that centred frames number 1 + S // hop_samples")
         if self.window_samples > self.n_fft:
             raise ValueError(f"window_samples {self.window_samples} must be at most n_fft {self.n_fft}")
         top = self.f_max_hz if self.f_max_hz is not None else self.sample_rate_hz / 2
