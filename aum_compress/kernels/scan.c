@@ -278,7 +278,8 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
 static void run(const struct scan *s, void (*task)(const struct scan *, int64_t, float *), int64_t backward) {
     int64_t tasks = s->batch * aum_scan_groups(s->channels);
     int64_t stride = aum_scan_scratch(s->length, s->state, backward);
-#pragma omp parallel for schedule(static) num_threads(s->threads) if (s->threads > 1)
+    /* dynamic: a thread that the system holds up delays one task, not its whole share */
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads) if (s->threads > 1)
     for (int64_t i = 0; i < tasks; i++) {
         int64_t thread = 0;
 #ifdef _OPENMP
