@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 
-import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn

@@ -1,8 +1,9 @@
 """One training run: Lightning called from code, resumed where it was killed, the best epoch's weights kept."""
 
 import copy
+import logging
 import math
-import shutil
+import pickle  # only its error class: what torch.load raises on a file cut short
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ def fit(
     n_classes: int,
     seed: int,
     work_dir: Path,
+    log_dir: Path,
     description: str,
     teacher_logits: Tensor | None = None,
     distill: DistillSection | None = None,
@@ -49,12 +51,15 @@ def fit(
     Args:
         work_dir: checkpoints of this very run (the caller derives its name from all that decides the result); a run
             that finds its own checkpoint there goes on behind it.
+        log_dir: where the logger named in `config` writes.
         teacher_logits: (n,C) for the training clips, in the data module's order; needs `distill`.
 
     Raises:
         AumError: training diverged (loss not finite), or a precision, device or strategy that this machine lacks.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
+    # its hints on hardware, workers and services are no concern of a recipe's user
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     folder = config.augment.device_response_folder
     responses = None
@@ -72,7 +77,7 @@ def fit(
         teacher_logits=teacher_logits,
         distill=distill,
     )
-    history = _History(config.epochs)
+    history = _History()
     best = ModelCheckpoint(
         work_dir,
         filename="best",
@@ -84,14 +89,10 @@ def fit(
     )
     last = work_dir / "last.ckpt"
     with progress(description) as reporter, warnings.catch_warnings():
-        # Lightning's advice on workers and its notes on empty loggers are no concern of a recipe's user
         warnings.filterwarnings("ignore", module="lightning")
-        trainer = _trainer(config, [best, history, _ProgressCallback(reporter, config.epochs, batches)], work_dir)
-        if last.is_file():
-            log(f"{description}: goes on from {last}")
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        callbacks = [best, history, _ProgressCallback(reporter, config.epochs, batches)]
+        trainer = _trainer(config, callbacks, work_dir, log_dir)
+        _run(trainer, module, data, last if _is_whole(last, description) else None)
     if not best.best_model_path:
         raise AumError(f"{description}: no epoch gave a finite validation accuracy. Lower learning_rate")
     weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
@@ -103,12 +104,34 @@ def fit(
     return FitResult(best_epoch, score, rows)
 
 
-def discard(work_dir: Path) -> None:
-    """Removes the checkpoints of a run whose result is safe in a bundle."""
-    shutil.rmtree(work_dir, ignore_errors=True)
+def _run(trainer: L.Trainer, module: TrainingModule, data: ClipsDataModule, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
+            raise AumError(
+                f"{trainer.default_root_dir}: checkpoint cannot be written: {error}. Free space and run again"
+            ) from None
+        raise
 
 
-def _trainer(config: TrainConfig, callbacks: list, work_dir: Path) -> L.Trainer:
+def _is_whole(checkpoint: Path, description: str) -> bool:
+    """Whether there is a checkpoint to go on from. One that was cut short is no reason to stop, only to start over."""
+    if not checkpoint.is_file():
+        return False
+    try:
+        epoch = torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"]
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError):
+        log(f"{description}: {checkpoint} was cut short; this training starts over")
+        checkpoint.unlink()
+        return False
+    log(f"{description}: goes on after epoch {epoch + 1}")
+    return True
+
+
+def _trainer(config: TrainConfig, callbacks: list, work_dir: Path, log_dir: Path) -> L.Trainer:
     try:
         return L.Trainer(
             max_epochs=config.epochs,
@@ -119,13 +142,12 @@ def _trainer(config: TrainConfig, callbacks: list, work_dir: Path) -> L.Trainer:
             precision={"32": "32-true"}.get(config.precision, config.precision),
             accumulate_grad_batches=config.accumulate_batches,
             gradient_clip_val=config.gradient_clip,
-            logger=_logger(config.logger, work_dir),
+            logger=_logger(config.logger, log_dir),
             callbacks=callbacks,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=work_dir,
-            barebones=False,
         )
     except (
         RuntimeError,
@@ -137,31 +159,46 @@ def _trainer(config: TrainConfig, callbacks: list, work_dir: Path) -> L.Trainer:
         raise AumError(f"train ({keys}): not possible here: {error}") from None
 
 
-def _logger(name: str, work_dir: Path):
+def _logger(name: str, log_dir: Path):
     from lightning.pytorch import loggers
 
     if name == "csv":
-        return loggers.CSVLogger(work_dir, name="log")
+        return loggers.CSVLogger(log_dir, name="csv")
     if name == "tensorboard":
-        return loggers.TensorBoardLogger(work_dir, name="log")
+        return loggers.TensorBoardLogger(log_dir, name="tensorboard")
     if name == "wandb":
-        return loggers.WandbLogger(save_dir=work_dir, project="aum-compress")
+        return loggers.WandbLogger(save_dir=log_dir, project="aum-compress")
     return False
 
 
 class _History(L.Callback):
-    """The curve by epoch; part of the checkpoint, so that a resumed run has the whole of it."""
+    """The curve by epoch; part of the checkpoint, so that a resumed run has the whole of it.
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    A loss that is not finite ends the run at once.
+    """
+
+    def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.losses: list[float] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if not math.isfinite(self.losses[-1]):
+            raise AumError(
+                f"training diverged in epoch {trainer.current_epoch + 1}: the loss is {self.losses[-1]}. "
+                "Lower learning_rate, raise warmup_epochs, or use precision 32"
+            )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
-                "train_loss": float(metrics.get("train_loss", float("nan"))),
+                # this process' share of the clips; the logged train_loss is known only after validation
+                "train_loss": sum(self.losses) / len(self.losses),
                 "val_loss": float(metrics["val_loss"]),
                 "val_accuracy": 100 * float(metrics["val_accuracy"]),
             }
@@ -175,7 +212,7 @@ class _History(L.Callback):
 
 
 class _ProgressCallback(L.Callback):
-    """Batches of all epochs on one bar; a loss that is not finite ends the run at once."""
+    """Batches of all epochs on one bar."""
 
     def __init__(self, reporter: Reporter, epochs: int, batches: int) -> None:
         self.reporter = reporter
@@ -184,11 +221,6 @@ class _ProgressCallback(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self.reporter.advance(trainer.current_epoch * self.batches + batch_idx + 1, self.epochs * self.batches)
-        if batch_idx % 16 == 0 and not torch.isfinite(outputs["loss"]):
-            raise AumError(
-                f"training diverged in epoch {trainer.current_epoch + 1}: loss is {float(outputs['loss'])}. "
-                "Lower learning_rate, raise warmup_epochs, or use precision 32"
-            )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         accuracy = 100 * float(trainer.callback_metrics["val_accuracy"])

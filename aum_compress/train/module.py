@@ -59,11 +59,8 @@ class TrainingModule(L.LightningModule):
         targets = y
         if self.config.augment.mixup_alpha:
             features, order, share = augment.mixup(features, self.config.augment.mixup_alpha, generator)
-            rows = share.view(-1, 1)
-            one_hot = F.one_hot(y, self.n_classes).to(features.dtype)
-            targets = rows * one_hot + (1 - rows) * one_hot[order]
-            if teacher is not None:
-                teacher = rows * teacher + (1 - rows) * teacher[order]
+            targets = augment.blend(F.one_hot(y, self.n_classes).float(), order, share)
+            teacher = None if teacher is None else augment.blend(teacher, order, share)
         logits = self.model(features).float()
         if teacher is None:
             loss = label_loss(logits, targets, self.config.label_smoothing)
@@ -86,7 +83,7 @@ class TrainingModule(L.LightningModule):
         if x.dim() == 2:
             x = augment.time_roll(x, round(config.time_roll_seconds * front_end.sample_rate_hz), generator)
             if self.responses is not None:
-                x = self.responses.apply(x, config.device_response_p, generator)
+                x = self.responses(x, config.device_response_p, generator)
             x = self.log_mel(x)
         else:
             frames = round(config.time_roll_seconds * front_end.sample_rate_hz / front_end.hop_samples)
@@ -94,8 +91,10 @@ class TrainingModule(L.LightningModule):
         x = (x - self.spec.mean) / self.spec.std
         if config.mixstyle_p:
             x = augment.freq_mixstyle(x, config.mixstyle_p, config.mixstyle_alpha, generator)
-        if config.frequency_mask_mels or config.time_mask_frames:
-            x = augment.mask(x, config.frequency_mask_mels, config.time_mask_frames, generator)
+        if config.frequency_mask_mels:
+            x = augment.frequency_mask(x, config.frequency_mask_mels, generator)
+        if config.time_mask_frames:
+            x = augment.time_mask(x, config.time_mask_frames, generator)
         return x
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:

@@ -1,0 +1,222 @@
+"""The stages that make models: reference, teacher, student, distill, prune, quantize."""
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aum_compress.bundle import Bundle, read_bundle
+from aum_compress.compress.prune import PruneResult, prune_d_inner
+from aum_compress.compress.quantize import quantize, signal_to_noise_db
+from aum_compress.console import progress
+from aum_compress.data.cache import CachedParts, cache_index
+from aum_compress.errors import BundleError
+from aum_compress.models.factory import Model, build_model
+from aum_compress.recipe_schema import ModelSection, TrainConfig
+from aum_compress.train.fit import FitResult, fit
+from aum_compress.train.losses import distillation_loss, label_loss
+from aum_compress.train.predict import predict_logits
+from aum_compress.train.teachers import average_logits, load_logits, save_logits
+from aum_compress.workspace import Made, Workspace
+
+IMPORTANCE_BATCHES = 8
+BATCH = 32
+
+
+def train_on_labels(space: Workspace, name: str) -> Bundle:
+    """Stage `reference`, `teacher` or `student`: a fresh model trained on the labels alone."""
+    section = getattr(space.recipe, name)
+
+    def make(work_dir: Path) -> Made:
+        model = _fresh(space, section)
+        result = _fit(space, model, section.train, work_dir, name)
+        shutil.rmtree(work_dir, ignore_errors=True)
+        return _made(model, result)
+
+    return space.stage(name, None, {"section": section.model_dump(mode="json")}, make)
+
+
+def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> Bundle:
+    """Stage `distill`: the student (fresh, or `start`) trained on labels and the teachers' averaged logits."""
+    section, student = space.recipe.distill, space.recipe.student
+
+    def make(work_dir: Path) -> Made:
+        logits = teacher_logits(space, teachers)
+        model = start.load_model() if start else _fresh(space, student)
+        result = _fit(space, model, section.train, work_dir, "distill", logits)
+        shutil.rmtree(work_dir, ignore_errors=True)
+        return _made(model, result)
+
+    architecture = student.model_dump(mode="json", exclude={"train"})
+    reads = {
+        "section": section.model_dump(mode="json"),
+        "student": architecture,
+        "teachers": [t.sha256 for t in teachers],
+    }
+    return space.stage("distill", start, reads, make)
+
+
+def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
+    """Stage `prune`: channels removed in equal steps, the model fine-tuned after each with the loss it was trained on."""
+    section = space.recipe.prune
+    step_ratio = 1 - (1 - section.ratio) ** (1 / section.steps)
+
+    def make(work_dir: Path) -> Made:
+        logits = teacher_logits(space, teachers) if teachers else None
+        model = parent.load_model()
+        widths: list[PruneResult] = []
+        result: FitResult | None = None
+        for step in range(1, section.steps + 1):
+            model, removed = prune_d_inner(
+                model,
+                torch.from_numpy(space.normalised("train", 1)),
+                step_ratio,
+                importance=section.importance,
+                round_to=section.round_to,
+                max_block_ratio=section.max_block_ratio,
+                backward=partial(_backward, space, logits),
+            )
+            widths.append(removed)
+            title = f"prune: step {step}/{section.steps}, d_inner {list(removed.d_inner_after)}"
+            result = _fit(space, model, section.finetune, work_dir / f"step-{step}", title, logits)
+        shutil.rmtree(work_dir, ignore_errors=True)
+        made = _made(model, result)
+        notes = {"steps": [{"before": w.d_inner_before, "after": w.d_inner_after} for w in widths]}
+        return Made(made.model, made.metrics, made.notes | notes)
+
+    distillation = space.recipe.distill.model_dump(mode="json", exclude={"train"}) if space.recipe.distill else None
+    reads = {
+        "section": section.model_dump(mode="json"),
+        "distill": distillation,
+        "teachers": [t.sha256 for t in teachers],
+    }
+    return space.stage("prune", parent, reads, make)
+
+
+def quantise(space: Workspace, parent: Bundle) -> Bundle:
+    """Stage `quantize`: int8 layers, calibrated on training clips alone."""
+    section = space.recipe.quantize
+
+    def make(work_dir: Path) -> Made:
+        model = parent.load_model()
+        clips = torch.from_numpy(space.normalised("train", section.calibration_clips))
+        with progress("quantize: calibration") as reporter:
+            quantized = quantize(
+                model,
+                _batches(clips, reporter.advance),
+                percentile=section.percentile,
+                weight_bits=section.weight_bits,
+                keep_float=section.keep_float,
+            )
+        validation = space.parts.validation
+        sqnr = signal_to_noise_db(
+            predict_logits(model, validation, space.spec), predict_logits(quantized, validation, space.spec)
+        )
+        return Made(quantized, {"validation_sqnr_db": sqnr}, {"calibration_clips": len(clips)})
+
+    return space.stage("quantize", parent, {"section": section.model_dump(mode="json")}, make)
+
+
+def teacher_logits(space: Workspace, teachers: list[Bundle]) -> Tensor:
+    """(n,C) averaged logits for the training clips, computed once for each teacher and kept by clip and checksum."""
+    train = space.parts.train
+    ids = [clip.clip_id for clip in train.clips]
+    found = []
+    for teacher in teachers:
+        if teacher.card.labels != space.labels:
+            raise BundleError(
+                f"{teacher.path}: is a teacher for labels {list(teacher.card.labels)}, wanted {list(space.labels)}"
+            )
+        path = (
+            space.runs / "teacher-logits" / f"{teacher.card.stage}-{teacher.sha256[:12]}-{space.data_sha256[:12]}.npz"
+        )
+        if not path.is_file():
+            parts = _parts_for(space, teacher)
+            with progress(f"distill: logits of {teacher.card.stage}") as reporter:
+                logits = predict_logits(teacher.load_model(), parts.train, teacher.card.input, reporter.advance)
+            save_logits(path, [c.clip_id for c in parts.train.clips], parts.train.checksums, logits, space.labels)
+        found.append(load_logits(path, ids, train.checksums, space.labels))
+    return torch.from_numpy(average_logits(found))
+
+
+def find_teachers(space: Workspace, stages: dict[str, Bundle]) -> list[Bundle]:
+    """The bundles that `distill.teachers` names: stages of this run, or paths."""
+    section = space.recipe.distill
+    if section is None:
+        return []
+    return [stages[name] if name in stages else read_bundle(Path(name).expanduser()) for name in section.teachers]
+
+
+def _parts_for(space: Workspace, teacher: Bundle) -> CachedParts:
+    """The clips as the teacher's own front-end hears them."""
+    if teacher.card.input.front_end == space.recipe.features:
+        return space.parts
+    if teacher.card.input.clip_seconds != space.spec.clip_seconds:
+        raise BundleError(
+            f"{teacher.path}: hears clips of {teacher.card.input.clip_seconds} s, wanted {space.spec.clip_seconds} s"
+        )
+    return cache_index(space.parts.index, teacher.card.input.front_end)
+
+
+def _fresh(space: Workspace, section: ModelSection) -> Model:
+    L.seed_everything(space.recipe.seed, verbose=False)
+    _, n_mels, n_frames = space.spec.feature_shape
+    return build_model(section.resolve(n_mels, n_frames, len(space.labels)))
+
+
+def _fit(
+    space: Workspace, model: Model, config: TrainConfig, work_dir: Path, title: str, logits: Tensor | None = None
+) -> FitResult:
+    return fit(
+        model,
+        space.data_module(config),
+        space.spec,
+        config,
+        n_classes=len(space.labels),
+        seed=space.recipe.seed,
+        work_dir=work_dir,
+        log_dir=space.runs / "logs" / title.partition(":")[0],
+        description=title,
+        teacher_logits=logits,
+        distill=space.recipe.distill,
+    )
+
+
+def _made(model: Model, result: FitResult) -> Made:
+    metrics = {"validation_accuracy": result.validation_accuracy}
+    return Made(model, metrics, {"best_epoch": result.best_epoch, "history": result.history})
+
+
+def _backward(space: Workspace, logits: Tensor | None, model: nn.Module) -> None:
+    """Gradients of the training loss over some training clips, for the importance of channels."""
+    train = space.parts.train
+    number = {label: place for place, label in enumerate(space.labels)}
+    rows = np.unique(np.linspace(0, len(train) - 1, IMPORTANCE_BATCHES * BATCH).astype(np.int64))
+    model.eval()
+    for chosen in np.array_split(rows, IMPORTANCE_BATCHES):
+        x = (torch.from_numpy(train[chosen])[:, None] - space.spec.mean) / space.spec.std
+        targets = torch.tensor([number[train.clips[row].label] for row in chosen])
+        if logits is None:
+            loss = label_loss(model(x), targets)
+        else:
+            section = space.recipe.distill
+            loss = distillation_loss(
+                model(x),
+                targets,
+                logits[chosen],
+                label_weight=section.label_weight,
+                temperature=section.temperature,
+                kl_reduction=section.kl_reduction,
+            )
+        loss.backward()
+
+
+def _batches(clips: Tensor, advance) -> Iterator[Tensor]:
+    for start in range(0, len(clips), BATCH):
+        yield clips[start : start + BATCH]
+        advance(min(start + BATCH, len(clips)), len(clips))

@@ -1,0 +1,198 @@
+"""What all stages of one run share: folders, prepared data, and the rule by which a stage is run or skipped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aum_compress import __version__
+from aum_compress.audio.config import InputSpec
+from aum_compress.budget.check import check_bundle_model
+from aum_compress.budget.records import BudgetReport, Limits
+from aum_compress.bundle import (
+    GOLDEN_CLIPS,
+    RECIPE,
+    Bundle,
+    BundleCard,
+    ParentRef,
+    find_bundle,
+    json_sha256,
+    model_files,
+    now,
+    tool_versions,
+    write_bundle,
+)
+from aum_compress.compress.quantize import quantized_layer_names
+from aum_compress.console import log, progress
+from aum_compress.data.cache import CachedParts, cache_index, feature_statistics
+from aum_compress.data.datamodule import ClipsDataModule
+from aum_compress.data.index import load_index
+from aum_compress.models.factory import Model
+from aum_compress.recipe import dump_recipe
+from aum_compress.recipe_schema import Recipe, TrainConfig
+from aum_compress.train.metrics import classification_metrics
+from aum_compress.train.predict import predict_logits
+
+FOLDERS = {
+    "reference": "01-reference",
+    "teacher": "02-teacher",
+    "student": "03-student",
+    "distill": "04-distill",
+    "prune": "05-prune",
+    "quantize": "06-quantize",
+    "export": "07-export",
+}
+"""Stage -> folder of its bundle below runs/<recipe>/."""
+
+
+@dataclass
+class Workspace:
+    """One recipe at work below `out`."""
+
+    recipe: Recipe
+    out: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs" / self.recipe.name
+
+    @property
+    def exports(self) -> Path:
+        name = self.recipe.export.name if self.recipe.export and self.recipe.export.name else self.recipe.name
+        return self.out / "exports" / name
+
+    @property
+    def limits(self) -> Limits:
+        section = self.recipe.budget
+        return Limits(section.max_param_bytes, section.max_macs) if section else Limits()
+
+    @cached_property
+    def parts(self) -> CachedParts:
+        """The data set as log-mel features; every file has been read, and bad ones have been named."""
+        return self._cache("logmel")
+
+    @cached_property
+    def waveforms(self) -> CachedParts:
+        """The same clips as waveforms, for augmentation that needs them."""
+        return self._cache("waveform")
+
+    def _cache(self, what: str) -> CachedParts:
+        recipe = self.recipe
+        with progress("data: soundscapes and lists") as reporter:
+            index = load_index(recipe.data, recipe.seed, reporter.advance)
+        with progress(f"data: {what}") as reporter:
+            return cache_index(
+                index, recipe.features, what=what, on_bad_files=recipe.data.on_bad_files, progress=reporter.advance
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.parts.index.labels
+
+    @cached_property
+    def spec(self) -> InputSpec:
+        """Front-end, clip length and the training part's normalisation."""
+        mean, std = feature_statistics(self.parts.train)
+        return InputSpec(
+            front_end=self.recipe.features,
+            clip_seconds=self.parts.index.clip_seconds,
+            mean=round(mean, 6),
+            std=round(max(std, 1e-6), 6),
+        )
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Of all clips with their labels and audio, by part."""
+        parts = (self.parts.train, self.parts.validation, self.parts.test)
+        return json_sha256(
+            [[(c.clip_id, c.label, s) for c, s in zip(part.clips, part.checksums, strict=True)] for part in parts]
+        )
+
+    def data_module(self, config: TrainConfig) -> ClipsDataModule:
+        parts = self.waveforms if config.augment.device_response_p else self.parts
+        return ClipsDataModule(parts, config.batch_size, self.recipe.seed)
+
+    def normalised(self, part: str, count: int) -> np.ndarray:
+        """(count,1,F,T) normalised features of clips evenly spread over a part (`train`, `validation`, `test`)."""
+        cached = getattr(self.parts, part)
+        rows = np.unique(np.linspace(0, len(cached) - 1, min(count, len(cached))).astype(np.int64))
+        return ((cached[rows] - self.spec.mean) / self.spec.std).astype(np.float32)[:, None]
+
+    def measure(self, logits: np.ndarray) -> dict[str, Any]:
+        """Metrics of (n,C) logits of the test part, which has chosen nothing."""
+        clips = self.parts.test.clips
+        number = {label: place for place, label in enumerate(self.labels)}
+        targets = np.array([number[clip.label] for clip in clips])
+        devices = [clip.device for clip in clips]
+        return classification_metrics(logits, targets, self.labels, devices, self.parts.index.seen_devices)
+
+    def stage(self, name: str, parent: Bundle | None, reads: dict[str, Any], make: Callable[[Path], "Made"]) -> Bundle:
+        """The bundle of stage `name`: the one on disk if it was made from the same inputs, else `make`'s result.
+
+        Args:
+            reads: everything besides data, parent, seed and version that decides the result.
+            make: called with a folder for checkpoints that belongs to exactly these inputs.
+        """
+        inputs_sha256 = json_sha256(
+            {
+                "stage": name,
+                "reads": reads,
+                "parent": parent.sha256 if parent else None,
+                "seed": self.recipe.seed,
+                "data": self.data_sha256,
+                "input": self.spec.model_dump(),
+                "version": __version__,
+            }
+        )
+        path = self.runs / FOLDERS[name]
+        if bundle := find_bundle(path, inputs_sha256):
+            log(f"{name}: nothing has changed, kept {path}")
+            return bundle
+        work_dir = self.runs / ".work" / f"{name}-{inputs_sha256[:16]}"
+        made = make(work_dir)
+        return self._write(name, path, parent, inputs_sha256, made)
+
+    def _write(self, name: str, path: Path, parent: Bundle | None, inputs_sha256: str, made: "Made") -> Bundle:
+        model = made.model
+        precision = "int8" if quantized_layer_names(model) else "fp32"
+        with progress(f"{name}: test") as reporter:
+            logits = predict_logits(model, self.parts.test, self.spec, reporter.advance)
+        metrics = {"test": self.measure(logits), **made.metrics}
+        files = model_files(model, self.normalised("validation", GOLDEN_CLIPS), half=precision == "int8")
+        card = BundleCard(
+            kind="model",
+            stage=name,
+            recipe=self.recipe.name,
+            inputs_sha256=inputs_sha256,
+            parent=ParentRef(path=f"../{parent.path.name}", sha256=parent.sha256) if parent else None,
+            model=model.config,
+            input=self.spec,
+            labels=self.labels,
+            precision=precision,
+            quantized_layers=quantized_layer_names(model),
+            seed=self.recipe.seed,
+            versions=tool_versions(),
+            created=now(),
+            metrics=metrics,
+            budget=self.budget(model, half=precision == "int8").to_dict(),
+            notes=made.notes,
+        )
+        bundle = write_bundle(path, card, files | {RECIPE: dump_recipe(self.recipe).encode()})
+        log(f"{name}: wrote {path}")
+        return bundle
+
+    def budget(self, model: Model, *, half: bool) -> BudgetReport:
+        """Cost of the model as it would be stored, against this recipe's limits."""
+        return check_bundle_model(model, self.spec, self.limits, half=half)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage hands over to be written."""
+
+    model: Model
+    metrics: dict[str, Any]
+    notes: dict[str, Any]
