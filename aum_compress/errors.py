@@ -1,4 +1,4 @@
-"""Every error that a user can meet. Each carries the exit code of DESIGN section 7; the CLI prints it without a traceback.
+"""Every error that a user can meet, with its exit code (DESIGN section 7); the CLI prints it without a traceback.
 
 A message says what failed, where (file, key or tensor), what was found, what was wanted and how to mend it. Collect
 problems first and raise once: `join_problems` writes the list.

@@ -62,7 +62,7 @@ def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> B
 
 
 def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
-    """Stage `prune`: channels removed in equal steps, the model fine-tuned after each with the loss it was trained on."""
+    """Stage `prune`: channels removed in equal steps, the model fine-tuned after each."""
     section = space.recipe.prune
     step_ratio = 1 - (1 - section.ratio) ** (1 / section.steps)
 

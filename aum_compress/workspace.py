@@ -10,7 +10,7 @@ import numpy as np
 
 from aum_compress import __version__
 from aum_compress.audio.config import InputSpec
-from aum_compress.budget.check import check_bundle_model
+from aum_compress.budget.check import check_model
 from aum_compress.budget.records import BudgetReport, Limits
 from aum_compress.bundle import (
     GOLDEN_CLIPS,
@@ -31,6 +31,7 @@ from aum_compress.data.cache import CachedParts, cache_index, feature_statistics
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.data.index import load_index
 from aum_compress.models.factory import Model
+from aum_compress.models.quantized import stored_tensors
 from aum_compress.recipe import dump_recipe
 from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.train.metrics import classification_metrics
@@ -136,17 +137,7 @@ class Workspace:
             reads: everything besides data, parent, seed and version that decides the result.
             make: called with a folder for checkpoints that belongs to exactly these inputs.
         """
-        inputs_sha256 = json_sha256(
-            {
-                "stage": name,
-                "reads": reads,
-                "parent": parent.sha256 if parent else None,
-                "seed": self.recipe.seed,
-                "data": self.data_sha256,
-                "input": self.spec.model_dump(),
-                "version": __version__,
-            }
-        )
+        inputs_sha256 = self.inputs_sha256(name, reads | {"parent": parent.sha256 if parent else None})
         path = self.runs / FOLDERS[name]
         if bundle := find_bundle(path, inputs_sha256):
             log(f"{name}: nothing has changed, kept {path}")
@@ -154,6 +145,17 @@ class Workspace:
         work_dir = self.runs / ".work" / f"{name}-{inputs_sha256[:16]}"
         made = make(work_dir)
         return self._write(name, path, parent, inputs_sha256, made)
+
+    def inputs_sha256(self, stage: str, reads: dict[str, Any]) -> str:
+        """What decides the result of a stage: equal means that it need not run again."""
+        common = {
+            "stage": stage,
+            "seed": self.recipe.seed,
+            "data": self.data_sha256,
+            "input": self.spec.model_dump(),
+            "version": __version__,
+        }
+        return json_sha256(common | {"reads": reads})
 
     def _write(self, name: str, path: Path, parent: Bundle | None, inputs_sha256: str, made: "Made") -> Bundle:
         model = made.model
@@ -186,7 +188,7 @@ class Workspace:
 
     def budget(self, model: Model, *, half: bool) -> BudgetReport:
         """Cost of the model as it would be stored, against this recipe's limits."""
-        return check_bundle_model(model, self.spec, self.limits, half=half)
+        return check_model(model, self.spec, stored_tensors(model, half=half), self.limits)
 
 
 @dataclass(frozen=True)

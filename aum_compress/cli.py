@@ -1,0 +1,292 @@
+"""The command line: verbs without logic of their own. Results go to stdout, progress and logs to stderr.
+
+Heavy packages are imported inside the verbs, so that `--help` answers at once.
+"""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from aum_compress import __version__
+from aum_compress.cli_data import data_app, recipes_app
+from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, print_json
+from aum_compress.console import log, out, say
+from aum_compress.errors import AumError
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells have it."""
+
+
+class _Guard(TyperGroup):
+    """Turns expected errors into a message and their exit code; anything else is a bug and shows its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AumError as error:
+            log(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            log("interrupted. Finished stages are kept; the same command goes on from there")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone: nothing is left to say
+            raise typer.Exit(0) from None
+        except OSError as error:
+            log(f"error: {error.filename or 'file'}: {error.strerror or error}. Free space or mend its permissions")
+            raise typer.Exit(AumError.exit_code) from None
+
+
+app = typer.Typer(
+    cls=_Guard,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
+
+
+class StageName(StrEnum):
+    data = "data"
+    reference = "reference"
+    teacher = "teacher"
+    student = "student"
+    distill = "distill"
+    prune = "prune"
+    quantize = "quantize"
+    budget = "budget"
+    export = "export"
+    verify = "verify"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Audio Mamba within 128 kB and 30 MMAC/s: run a compression recipe, check a budget, export and prove a model."""
+    if version:
+        say(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    settings: Settings = None,
+    until: Annotated[StageName, typer.Option(help="Last stage to run.")] = StageName.verify,
+    out_dir: Out = Path(),
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: from audio to verified ONNX files. Finished stages are kept and skipped the next time."""
+    _run(recipe, settings, until.value, out_dir, as_json)
+
+
+def _stage_verb(stages: str, until: str) -> Any:
+    """A verb that runs a recipe, or the recipe of a bundle, up to one stage."""
+
+    def verb(
+        recipe_or_bundle: Annotated[
+            str, typer.Argument(metavar="RECIPE|BUNDLE", help="Recipe, or a bundle of its run.")
+        ],
+        settings: Settings = None,
+        out_dir: Out = Path(),
+        as_json: Json = False,
+    ) -> None:
+        _run(recipe_or_bundle, settings, until, out_dir, as_json)
+
+    verb.__doc__ = f"Run a recipe up to {stages}; stages that are done are skipped."
+    return verb
+
+
+app.command("train")(_stage_verb("the models that learn from labels alone: reference, teacher, student", "student"))
+app.command("distill")(_stage_verb("the distilled student", "distill"))
+app.command("prune")(_stage_verb("the pruned student", "prune"))
+app.command("quantize")(_stage_verb("the quantised student", "quantize"))
+
+
+def _run(recipe_or_bundle: str, settings: list[str] | None, until: str, out_dir: Path, as_json: bool) -> None:
+    from aum_compress.bundle import CARD, RECIPE
+    from aum_compress.recipe import find_recipe, load_recipe
+
+    bundle = Path(recipe_or_bundle)
+    if (bundle / CARD).is_file():
+        path, out_dir = bundle / RECIPE, bundle.resolve().parents[2]
+    else:
+        path = find_recipe(recipe_or_bundle)
+    loaded = load_recipe(path, settings or [])
+
+    from aum_compress.pipeline import run as run_recipe
+    from aum_compress.report.tables import print_report
+
+    outcome = run_recipe(loaded, out_dir, until)
+    if as_json:
+        print_json(outcome.report)
+    else:
+        print_report(outcome.report, outcome.folder)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that holds a model.")],
+    folder: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write; replaced as a whole.")],
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(help="fp32 or fp16 of a float bundle, int8 of a quantised one; repeatable."),
+    ] = None,
+) -> None:
+    """Export the model of one bundle to ONNX and verify it."""
+    from aum_compress.bundle import read_bundle
+    from aum_compress.publish import export_bundle, file_name
+
+    bundle = read_bundle(source)
+    default = ("int8",) if bundle.card.precision == "int8" else ("fp32", "fp16")
+    precisions = tuple(p.value for p in precision) if precision else default
+    export_bundle(bundle, folder, precisions)
+    for name in precisions:
+        say(f"{folder / file_name(name)}  verified")
+
+
+@app.command()
+def budget(
+    target: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx|PRESET", help="What to measure.")],
+    max_param_bytes: Annotated[int, typer.Option(min=1)] = 128_000,
+    max_macs: Annotated[int, typer.Option(min=1, help="For one second of audio.")] = 30_000_000,
+    classes: Annotated[int, typer.Option(min=2, help="Of a preset.")] = 10,
+    layers: Annotated[bool, typer.Option("--layers", help="Table of all layers.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Parameter bytes and MACs against the limits. Exit code 3 when over."""
+    from aum_compress.budget.records import Limits, enforce
+    from aum_compress.models.presets import PRESETS
+
+    limits, path = Limits(max_param_bytes, max_macs), Path(target)
+    if path.suffix == ".onnx":
+        from aum_compress.budget.check_onnx import check_onnx
+
+        report = check_onnx(path, limits)
+    elif target in PRESETS and not path.exists():
+        from aum_compress.budget.check import check_preset
+
+        report = check_preset(target, n_classes=classes, limits=limits)
+    else:
+        if not path.exists():
+            raise AumError(
+                f"{target}: no such bundle or ONNX file, and no preset of that name; presets: {', '.join(PRESETS)}"
+            )
+        from aum_compress.budget.check import check_bundle
+        from aum_compress.bundle import read_bundle
+
+        report = check_bundle(read_bundle(path), limits)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        from aum_compress.report.budget_table import budget_lines, budget_table
+
+        if layers:
+            out.print(budget_table(report))
+        for line in budget_lines(report):
+            say(line)
+    enforce(report)
+
+
+@app.command()
+def verify(
+    target: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="An exported bundle or one file.")],
+    reference: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="The model that the file must be equal to.")
+    ] = None,
+    wav: Annotated[list[Path] | None, typer.Option(help="Recordings to compare on as well; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that an ONNX file computes what it should. Exit code 4 when it does not."""
+    from aum_compress.verifying import verify_target
+
+    results = verify_target(target, reference, wav or [])
+    if as_json:
+        print_json([result.to_dict() for result in results])
+    else:
+        for line in (line for result in results for line in result.lines()):
+            say(line)
+    for result in results:
+        result.enforce()
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx")],
+    data: Annotated[str, typer.Option(metavar="DIR|RECIPE", help="Labelled audio, or a recipe's test part.")],
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy by class and by device."""
+    from aum_compress.evaluate import evaluate as measure
+    from aum_compress.report.tables import metric_lines
+
+    found = measure(target, data, settings or [])
+    if as_json:
+        print_json({"model": found.model, "measured_with": found.measured_with, "data": found.data, **found.metrics})
+    else:
+        say(f"{found.model} on {found.data}, in {found.measured_with}")
+        for line in metric_lines(found.metrics):
+            say(line)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
+    files: Annotated[list[Path], typer.Argument(metavar="WAV...", help="Recordings of any rate, channels, length.")],
+    threads: Annotated[int, typer.Option(min=0, help="0: as onnxruntime chooses.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """What is heard: a line for each window, and the vote of each recording. Works without torch."""
+    from aum_compress.export.runtime import Classifier
+
+    classifier = Classifier(model, intra_op_num_threads=threads)
+    failed = []
+    records = []
+    for file in files:
+        try:
+            prediction = classifier.classify_file(file)
+        except AumError as error:  # the other recordings are answered all the same
+            failed.append(str(error))
+            continue
+        if as_json:
+            records.append({"file": str(file), **prediction.to_dict()})
+        else:
+            for line in prediction.lines(str(file)):
+                say(line)
+    if as_json:
+        print_json(records)
+    if failed:
+        raise AumError("\n".join(failed))
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="DIR", help="exports/<name> or runs/<recipe>.")],
+    as_json: Json = False,
+) -> None:
+    """Show the report of a finished run again."""
+    from aum_compress.report.tables import print_report
+    from aum_compress.report.write import read_report
+
+    content = read_report(run_folder)
+    if as_json:
+        print_json(content)
+    else:
+        print_report(content, run_folder)
+
+
+def main() -> None:
+    """Entry point of `aum-compress`."""
+    app()

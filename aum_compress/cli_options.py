@@ -1,0 +1,19 @@
+"""Arguments and options that several verbs share."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a path.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe value; repeatable.")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that gets runs/ and exports/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_json(value: Any) -> None:
+    """JSON to stdout."""
+    print(json.dumps(value, indent=1, default=str))

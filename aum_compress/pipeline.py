@@ -1,0 +1,183 @@
+"""A recipe from audio to verified files: stages in order, each run only when what it reads has changed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from aum_compress.budget.records import enforce
+from aum_compress.bundle import Bundle, now, tool_versions
+from aum_compress.console import log
+from aum_compress.errors import AumError
+from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
+from aum_compress.recipe_schema import Recipe
+from aum_compress.report.write import report_files
+from aum_compress.stages import distill, find_teachers, prune, quantise, train_on_labels
+from aum_compress.workspace import Workspace
+
+STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
+REPORT_SCHEMA = 1
+
+
+@dataclass
+class Outcome:
+    """What a run leaves behind."""
+
+    report: dict[str, Any]
+    folder: Path
+    """Where the report lies: exports/<name>, or runs/<recipe> when nothing was exported."""
+    bundles: dict[str, Bundle] = field(default_factory=dict)
+
+
+def run(recipe: Recipe, out: Path, until: str = STAGES[-1]) -> Outcome:
+    """Runs the stages of `recipe` up to `until`, below `out`.
+
+    Raises:
+        AumError: whatever went wrong, with its exit code: 2 data or recipe, 3 over budget, 4 verification. Stages that
+            were finished stay, and the next run goes on behind them.
+    """
+    space = Workspace(recipe, out)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    space.runs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(space.runs / ".lock", timeout=0):
+            return _run(space, until)
+    except Timeout:
+        raise AumError(f"{space.runs}: another run of this recipe is at work there; wait for it or use --out") from None
+
+
+def _run(space: Workspace, until: str) -> Outcome:
+    recipe = space.recipe
+    wanted = STAGES[: STAGES.index(until) + 1]
+    bundles: dict[str, Bundle] = {}
+    log(f"data: {_data_line(space)}")
+
+    for name in ("reference", "teacher", "student"):
+        section = getattr(recipe, name)
+        if name in wanted and section is not None and section.train is not None:
+            bundles[name] = train_on_labels(space, name)
+    teachers = find_teachers(space, bundles) if "distill" in wanted else []
+    steps: dict[str, Callable[[Bundle | None], Bundle]] = {
+        "distill": lambda parent: distill(space, parent, teachers),
+        "prune": lambda parent: prune(space, parent, teachers),
+        "quantize": lambda parent: quantise(space, parent),
+    }
+    newest = full = bundles.get("student")
+    for name, step in steps.items():
+        if name in wanted and getattr(recipe, name) is not None:
+            newest = bundles[name] = step(newest)
+            full = full if name == "quantize" else newest
+    if newest is None or "budget" not in wanted:
+        return _report_without_export(space, bundles)
+
+    if recipe.budget:
+        _check_budget(space, newest)
+    if not recipe.export or "export" not in wanted:
+        return _report_without_export(space, bundles)
+    quantized = bundles.get("quantize")
+    exported = export(space, full, quantized)
+    if until == "export":
+        return _report_without_export(space, bundles)
+    if (report := published(space, exported)) is None:
+        shipped = verify_and_measure(space, exported, full, quantized)
+        report = build_report(space, bundles, shipped)
+        publish(space, exported, report, report_files(report))
+        log(f"wrote {space.exports}")
+    return Outcome(report, space.exports, bundles)
+
+
+def _check_budget(space: Workspace, newest: Bundle) -> None:
+    """The gate, on the model that will ship: an fp32 bundle ships as fp16 where the recipe exports that."""
+    half = newest.card.precision == "int8" or bool(space.recipe.export and "fp16" in space.recipe.export.precisions)
+    enforce(space.budget(newest.load_model(), half=half))
+
+
+def _report_without_export(space: Workspace, bundles: dict[str, Bundle]) -> Outcome:
+    report = build_report(space, bundles, [])
+    for name, content in report_files(report).items():
+        (space.runs / name).write_bytes(content)
+    return Outcome(report, space.runs, bundles)
+
+
+def build_report(space: Workspace, bundles: dict[str, Bundle], shipped: list[ShippedFile]) -> dict[str, Any]:
+    """The report's content: every figure of the run, none computed here."""
+    index = space.parts.index
+    devices = {clip.device for part in (index.train, index.validation, index.test) for clip in part if clip.device}
+    road = [_bundle_row(space, name, bundle) for name, bundle in bundles.items()]
+    road += [_file_row(file) for file in shipped]
+    gated = None
+    if shipped:
+        precision = gated_precision(tuple(file.precision for file in shipped))
+        gated = next(file for file in shipped if file.precision == precision)
+    newest = list(bundles.values())[-1] if bundles else None
+    return {
+        "schema_version": REPORT_SCHEMA,
+        "recipe": space.recipe.name,
+        "created": now(),
+        "seed": space.recipe.seed,
+        "versions": tool_versions(),
+        "data": {
+            "kind": space.recipe.data.kind,
+            "labels": list(space.labels),
+            "clip_seconds": index.clip_seconds,
+            "train": len(index.train),
+            "validation": len(index.validation),
+            "test": len(index.test),
+            "seen_devices": sorted(device for device in index.seen_devices if device),
+            "unseen_devices": sorted(devices - index.seen_devices),
+        },
+        "input": space.spec.model_dump(),
+        "road": road,
+        "budget": gated.budget.to_dict() if gated else newest.card.budget if newest else None,
+        "gated": gated.path.name if gated else newest.path.name if newest else None,
+        "verification": {file.path.name: file.verification.to_dict() for file in shipped if file.verification},
+        "training": {name: b.card.notes["history"] for name, b in bundles.items() if "history" in b.card.notes},
+        "pruning": bundles["prune"].card.notes["steps"] if "prune" in bundles else None,
+        "next": f"aum-compress predict {space.exports / gated.path.name} YOUR.wav" if gated else "",
+    }
+
+
+def _bundle_row(space: Workspace, name: str, bundle: Bundle) -> dict[str, Any]:
+    budget, section = bundle.card.budget, getattr(space.recipe, name)
+    preset = getattr(section, "preset", None)
+    return {
+        "stage": name,
+        "title": f"{name} ({preset})" if preset else name,
+        "measured_with": "torch",
+        "file": None,
+        "file_bytes": None,
+        "precision": bundle.card.precision,
+        **{key: budget[key] for key in ("params", "param_bytes", "macs")},
+        "within_budget": budget["verdict"] == "within",
+        "validation_accuracy": bundle.card.metrics.get("validation_accuracy"),
+        "test": bundle.card.metrics["test"],
+    }
+
+
+def _file_row(file: ShippedFile) -> dict[str, Any]:
+    return {
+        "stage": file.precision,
+        "title": f"{file.path.name}",
+        "measured_with": "onnxruntime",
+        "file": file.path.name,
+        "file_bytes": file.path.stat().st_size,
+        "precision": file.precision,
+        "params": file.budget.params,
+        "param_bytes": file.budget.param_bytes,
+        "macs": file.budget.macs,
+        "within_budget": not file.budget.over,
+        "validation_accuracy": None,
+        "test": file.test,
+    }
+
+
+def _data_line(space: Workspace) -> str:
+    index = space.parts.index
+    return (
+        f"{len(index.labels)} classes, {len(index.train)} training, {len(index.validation)} validation and "
+        f"{len(index.test)} test clips of {index.clip_seconds:g} s"
+    )

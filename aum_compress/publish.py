@@ -1,0 +1,241 @@
+"""The last stages: ONNX files, their proof and measurement in onnxruntime, and the folder that ships."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aum_compress.budget.check import check_model
+from aum_compress.budget.check_onnx import check_onnx
+from aum_compress.budget.records import BudgetReport
+from aum_compress.bundle import (
+    GOLDEN,
+    GOLDEN_CLIPS,
+    RECIPE,
+    Bundle,
+    BundleCard,
+    ParentRef,
+    find_bundle,
+    json_sha256,
+    now,
+    tool_versions,
+    write_bundle,
+)
+from aum_compress.console import log, progress
+from aum_compress.errors import BundleError, VerificationFailed
+from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
+from aum_compress.export.runtime import Classifier
+from aum_compress.export.verification import Verification
+from aum_compress.export.verify import Reference, verify_onnx
+from aum_compress.export.verify_inputs import golden_file
+from aum_compress.models.factory import Model
+from aum_compress.models.quantized import stored_tensors
+from aum_compress.recipe import dump_recipe
+from aum_compress.workspace import FOLDERS, Workspace
+
+BUDGET_KEYS = ("verdict", "param_bytes", "params", "macs", "dcase_bytes", "dcase_macs", "limits")
+"""What an ONNX file says of its budget in its metadata."""
+
+
+@dataclass(frozen=True)
+class ShippedFile:
+    """One ONNX file with what was found out about it."""
+
+    precision: str
+    path: Path
+    budget: BudgetReport
+    test: dict[str, Any]
+    """Metrics of the file in onnxruntime on the test part."""
+    verification: Verification | None
+
+
+def file_name(precision: str) -> str:
+    return f"model-{precision}.onnx"
+
+
+def gated_precision(precisions: tuple[str, ...]) -> str:
+    """Of the files of an export, the one that ships and has to keep the budget: the smallest."""
+    return next(precision for precision in ("int8", "fp16", "fp32") if precision in precisions)
+
+
+def torch_models(full: Bundle, quantized: Bundle | None, precisions: tuple[str, ...]) -> dict[str, Model]:
+    """Precision -> the torch model whose numbers the file of that precision holds."""
+    models: dict[str, Model] = {}
+    for precision in precisions:
+        if precision == "int8":
+            models[precision] = quantized.load_model()
+        else:
+            folded = fold_if_needed(full.load_model())
+            models[precision] = round_to_half(folded) if precision == "fp16" else folded
+    return models
+
+
+def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
+    """Stage `export`: one ONNX file a precision in runs/<recipe>/07-export, not verified yet."""
+    section = space.recipe.export
+    parent = quantized if "int8" in section.precisions else full
+    parents = {bundle.card.stage: bundle.sha256 for bundle in (full, quantized) if bundle}
+    reads = {"section": section.model_dump(mode="json"), "parents": parents}
+    inputs_sha256 = space.inputs_sha256("export", reads)
+    path = space.runs / FOLDERS["export"]
+    if bundle := find_bundle(path, inputs_sha256):
+        log(f"export: nothing has changed, kept {path}")
+        return bundle
+    models = torch_models(full, quantized, section.precisions)
+    with tempfile.TemporaryDirectory() as folder, progress("export") as reporter:
+        files: dict[str, bytes | Path] = {}
+        for done, (precision, model) in enumerate(models.items(), start=1):
+            source = quantized if precision == "int8" else full
+            target = Path(folder) / file_name(precision)
+            export_onnx(model, target, _metadata(space, source, model, precision), dynamic_batch=section.dynamic_batch)
+            files[target.name] = target
+            reporter.advance(done, len(models))
+        files[GOLDEN] = golden_file(space.normalised("validation", GOLDEN_CLIPS), models)
+        files[RECIPE] = dump_recipe(space.recipe).encode()
+        card = _card(space, parent, models[gated_precision(section.precisions)].config, inputs_sha256)
+        bundle = write_bundle(path, card, files)
+    log(f"export: wrote {path}")
+    return bundle
+
+
+def verify_and_measure(space: Workspace, exported: Bundle, full: Bundle, quantized: Bundle | None) -> list[ShippedFile]:
+    """Stage `verify`: each file against its torch model, and its accuracy in onnxruntime.
+
+    Raises:
+        VerificationFailed: a file that does not compute what its model does; nothing is published then.
+    """
+    section = space.recipe.verify
+    precisions = space.recipe.export.precisions
+    models = torch_models(full, quantized, precisions)
+    clips = space.normalised("test", section.clips) if section and section.clips else None
+    shipped = []
+    for precision in precisions:
+        path = exported.path / file_name(precision)
+        verification = None
+        if section:
+            with progress(f"verify: {path.name}"):
+                verification = verify_onnx(path, Reference(models[precision], space.labels, space.spec), clips=clips)
+        budget = check_onnx(path, space.limits, config=models[precision].config)
+        shipped.append(ShippedFile(precision, path, budget, _accuracy(space, path), verification))
+    failed = [file.verification for file in shipped if file.verification and not file.verification.passed]
+    if failed:
+        raise VerificationFailed("\n".join(line for verification in failed for line in verification.lines()))
+    return shipped
+
+
+def publish(space: Workspace, exported: Bundle, report: dict[str, Any], report_files: dict[str, bytes]) -> Bundle:
+    """exports/<name>: the files of the export, the reports, and a card with what was measured."""
+    kept = {name: exported.path / name for name in exported.card.files}
+    card = exported.card.model_copy(
+        update={
+            "stage": "verify" if space.recipe.verify else "export",
+            "parent": None,
+            "metrics": {row["file"]: row["test"] for row in report["road"] if row["file"]},
+            "budget": report["budget"],
+            "notes": {"verification": report["verification"], "exported_from": exported.sha256},
+            "created": now(),
+        }
+    )
+    return write_bundle(space.exports, card, kept | report_files)
+
+
+def published(space: Workspace, exported: Bundle) -> dict[str, Any] | None:
+    """The report of what is already published, if it came from this very export and the same verification."""
+    bundle = find_bundle(space.exports, exported.card.inputs_sha256)
+    if bundle is None or bundle.card.notes.get("exported_from") != exported.sha256:
+        return None
+    if bool(bundle.card.notes.get("verification")) != bool(space.recipe.verify):
+        return None
+    return json.loads((bundle.path / "report.json").read_text(encoding="utf-8"))
+
+
+def export_bundle(bundle: Bundle, folder: Path, precisions: tuple[str, ...]) -> Bundle:
+    """Exports and verifies the model of one bundle, without a recipe or data: `folder` becomes a bundle of kind onnx.
+
+    Raises:
+        BundleError: int8 from a model that is not quantised, or a float precision from one that is.
+        VerificationFailed: nothing is written then.
+    """
+    card = bundle.card
+    is_int8 = card.precision == "int8"
+    if wrong := [precision for precision in precisions if (precision == "int8") != is_int8]:
+        able = "int8" if is_int8 else "fp32 and fp16"
+        raise BundleError(f"{bundle.path}: holds {card.precision} and exports as {able}, not {', '.join(wrong)}")
+    models = torch_models(bundle, bundle, precisions)
+    golden = golden_file(bundle.golden()[0], models)
+    with tempfile.TemporaryDirectory() as beside:
+        files: dict[str, bytes | Path] = {GOLDEN: golden}
+        for precision, model in models.items():
+            report = check_model(model, card.input, stored_tensors(model, half=precision != "fp32"))
+            metadata = OnnxMetadata(
+                labels=card.labels,
+                input=card.input.model_dump(),
+                precision=precision,
+                budget={key: value for key, value in report.to_dict().items() if key in BUDGET_KEYS},
+                recipe=card.recipe,
+                parent_sha256=bundle.sha256,
+            )
+            target = Path(beside) / file_name(precision)
+            export_onnx(model, target, metadata)
+            verify_onnx(target, Reference(model, card.labels, card.input)).enforce()
+            files[target.name] = target
+        exported = card.model_copy(
+            update={
+                "kind": "onnx",
+                "stage": "export",
+                "parent": ParentRef(path=str(bundle.path), sha256=bundle.sha256),
+                "model": models[gated_precision(precisions)].config,
+                "precision": gated_precision(precisions),
+                "versions": tool_versions(),
+                "created": now(),
+            }
+        )
+        return write_bundle(folder, exported, files)
+
+
+def _accuracy(space: Workspace, path: Path) -> dict[str, Any]:
+    classifier = Classifier(path)
+    test, spec = space.parts.test, space.spec
+    logits = []
+    with progress(f"test: {path.name} in onnxruntime") as reporter:
+        for start in range(0, len(test), 64):
+            features = ((test[start : start + 64] - spec.mean) / spec.std).astype(np.float32)[:, None]
+            logits.append(classifier.logits(features))
+            reporter.advance(min(start + 64, len(test)), len(test))
+    return space.measure(np.concatenate(logits))
+
+
+def _metadata(space: Workspace, source: Bundle, model: Model, precision: str) -> OnnxMetadata:
+    budget = space.budget(model, half=precision != "fp32").to_dict()
+    return OnnxMetadata(
+        labels=space.labels,
+        input=space.spec.model_dump(),
+        precision=precision,
+        budget={key: budget[key] for key in BUDGET_KEYS},
+        metrics={"stage": source.card.stage, "accuracy": source.card.metrics["test"]["accuracy"]},
+        recipe=space.recipe.name,
+        recipe_sha256=json_sha256(space.recipe.model_dump(mode="json")),
+        parent_sha256=source.sha256,
+    )
+
+
+def _card(space: Workspace, parent: Bundle, config, inputs_sha256: str) -> BundleCard:
+    return BundleCard(
+        kind="onnx",
+        stage="export",
+        recipe=space.recipe.name,
+        inputs_sha256=inputs_sha256,
+        parent=ParentRef(path=f"../{parent.path.name}", sha256=parent.sha256),
+        model=config,
+        input=space.spec,
+        labels=space.labels,
+        precision=gated_precision(space.recipe.export.precisions),
+        quantized_layers=parent.card.quantized_layers,
+        seed=space.recipe.seed,
+        versions=tool_versions(),
+        created=now(),
+    )

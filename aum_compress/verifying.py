@@ -1,0 +1,61 @@
+"""`aum-compress verify`: one exported file or a whole exported bundle, with a reference where there is one."""
+
+from pathlib import Path
+
+import numpy as np
+
+from aum_compress.bundle import CARD, Bundle, read_bundle
+from aum_compress.errors import BundleError
+from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.onnx_writer import fold_if_needed, round_to_half
+from aum_compress.export.runtime import clip_features, open_session, read_metadata
+from aum_compress.export.verification import Verification
+from aum_compress.export.verify import Reference, verify_onnx
+
+
+def verify_target(target: Path, reference: Path | None, recordings: list[Path]) -> list[Verification]:
+    """Verdicts on `target`: a .onnx file, or all files of an exported bundle.
+
+    Args:
+        reference: a bundle of kind model whose numbers the files must hold: a quantised one for int8 files, one in
+            float32 for the others.
+        recordings: audio whose windows are compared as well.
+
+    Raises:
+        AumError: nothing to judge there, an unreadable recording, or a reference of the wrong kind.
+    """
+    files = [target]
+    if target.is_dir() or target.name == CARD:
+        bundle = read_bundle(target if target.is_dir() else target.parent)
+        files = sorted(bundle.path / name for name in bundle.card.files if name.endswith(".onnx"))
+        if not files:
+            raise BundleError(f"{target}: holds no ONNX file; aum-compress export {target} --to DIR makes one")
+    model = read_bundle(reference) if reference else None
+    results = []
+    for file in files:
+        metadata = read_metadata(open_session(file), file)
+        clips = _features(recordings, metadata) if recordings else None
+        results.append(verify_onnx(file, _reference(model, metadata), clips=clips))
+    return results
+
+
+def _reference(bundle: Bundle | None, metadata: OnnxMetadata) -> Reference | None:
+    if bundle is None:
+        return None
+    model = bundle.load_model()
+    if (bundle.card.precision == "int8") != (metadata.precision == "int8"):
+        raise BundleError(
+            f"{bundle.path}: holds {bundle.card.precision}: no reference for an {metadata.precision} file; "
+            "int8 files come from the quantize stage, the others from the stage before"
+        )
+    if metadata.precision == "fp16":
+        model = round_to_half(model)
+    return Reference(fold_if_needed(model), bundle.card.labels, bundle.card.input)
+
+
+def _features(recordings: list[Path], metadata: OnnxMetadata) -> np.ndarray:
+    """(B,1,F,T) of the first window of each recording."""
+    from aum_compress.audio.reading import read_audio
+
+    clips = (read_audio(path, metadata.sample_rate_hz, duration_seconds=metadata.clip_seconds) for path in recordings)
+    return np.concatenate([clip_features(clip, metadata) for clip in clips])
