@@ -1,0 +1,171 @@
+"""What an exported file says about itself: everything a runtime needs beside the graph. Torch-free, pydantic-free.
+
+Stored in ONNX `metadata_props`, one JSON value a key, so that any runtime in any language can read it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from aum_compress import __version__
+from aum_compress.errors import ModelFileError, join_problems
+
+Precision = Literal["fp32", "fp16", "int8"]
+FORMAT = "aum-compress/1"
+_FORMAT_KEY = "format"
+_RATE_KEY = "sample_rate_hz"
+
+_NUMBER = (int, float)
+_INPUT_FIELDS: dict[str, tuple[type, ...]] = {
+    "front_end": (dict,),
+    "clip_seconds": _NUMBER,
+    "mean": _NUMBER,
+    "std": _NUMBER,
+}
+_FRONT_END_FIELDS: dict[str, tuple[type, ...]] = {
+    "sample_rate_hz": (int,),
+    "n_fft": (int,),
+    "window_samples": (int,),
+    "hop_samples": (int,),
+    "n_mels": (int,),
+    "f_min_hz": _NUMBER,
+    "f_max_hz": (*_NUMBER, type(None)),
+    "log_offset": _NUMBER,
+}
+_POSITIVE_FIELDS = ("sample_rate_hz", "n_fft", "window_samples", "hop_samples", "n_mels", "log_offset")
+
+
+@dataclass(frozen=True)
+class OnnxMetadata:
+    """Labels, input and origin of an exported model.
+
+    Raises ModelFileError, with all problems at once, when made from values that no runtime could use.
+    """
+
+    labels: tuple[str, ...]
+    """Class names in the order of the logits (C of them)."""
+    input: Mapping[str, Any]
+    """`InputSpec.model_dump()`: features = (log_mel(clip) - mean) / std."""
+    precision: Precision
+    budget: Mapping[str, Any] | None = None
+    """The budget's verdict, keys as in DESIGN section 2 (`param_bytes`, `macs`, ...)."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured, e.g. `{"accuracy": 0.61}`."""
+    recipe: str = ""
+    recipe_sha256: str = ""
+    parent_sha256: str = ""
+    """Of the card of the bundle that was exported."""
+    tool_version: str = __version__
+
+    def __post_init__(self) -> None:
+        if problems := self._problems():
+            raise ModelFileError(join_problems("metadata that no runtime could use:", problems))
+
+    def _problems(self) -> list[str]:
+        problems = []
+        labels = self.labels
+        if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+            problems.append(f"labels: found {list(labels)}, wanted at least two different class names")
+        if self.precision not in ("fp32", "fp16", "int8"):
+            problems.append(f"precision: found {self.precision!r}, wanted fp32, fp16 or int8")
+        problems += _wrong_fields("input", self.input, _INPUT_FIELDS)
+        if isinstance(self.input, Mapping) and "front_end" in self.input:
+            problems += _wrong_fields("input.front_end", self.front_end, _FRONT_END_FIELDS)
+        if problems:
+            return problems
+        positive = {"input." + key: self.input[key] for key in ("clip_seconds", "std")}
+        positive |= {"input.front_end." + key: self.front_end[key] for key in _POSITIVE_FIELDS}
+        problems += [
+            f"{key}: found {n}, wanted a number above zero" for key, n in positive.items() if not 0 < n < math.inf
+        ]
+        if not math.isfinite(self.mean):
+            problems.append(f"input.mean: found {self.mean}, wanted a finite number")
+        return problems
+
+    @property
+    def front_end(self) -> dict[str, Any]:
+        """Keywords of `audio.mel.log_mel`."""
+        return self.input["front_end"]
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Rate of the samples that the front-end reads."""
+        return self.front_end["sample_rate_hz"]
+
+    @property
+    def clip_seconds(self) -> float:
+        """Length of one input."""
+        return self.input["clip_seconds"]
+
+    @property
+    def clip_samples(self) -> int:
+        """S: length of one input in samples."""
+        return round(self.clip_seconds * self.sample_rate_hz)
+
+    @property
+    def mean(self) -> float:
+        """Subtracted from the log-mel values."""
+        return self.input["mean"]
+
+    @property
+    def std(self) -> float:
+        """The log-mel values are divided by it."""
+        return self.input["std"]
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(1,F,T) of one clip."""
+        return (1, self.front_end["n_mels"], 1 + self.clip_samples // self.front_end["hop_samples"])
+
+    def to_props(self) -> dict[str, str]:
+        """Keys and JSON values for `metadata_props`; the sample rate stands there a second time, easy to find."""
+        props = {_FORMAT_KEY: FORMAT, _RATE_KEY: self.sample_rate_hz}
+        props |= {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in props.items()}
+
+    @classmethod
+    def from_props(cls, props: Mapping[str, str], source: str) -> "OnnxMetadata":
+        """Reads what `to_props` wrote.
+
+        Args:
+            source: file name for messages.
+
+        Raises:
+            ModelFileError: keys absent or values that cannot be read; `source` is named.
+        """
+        wanted = [_FORMAT_KEY, *(f.name for f in fields(cls))]
+        if absent := [key for key in wanted if key not in props]:
+            raise ModelFileError(
+                f"{source}: metadata_props lack {', '.join(absent)}: not a file that aum-compress exported, or one "
+                "that a tool has stripped; export it again"
+            )
+        values = {}
+        for key in wanted:
+            try:
+                values[key] = json.loads(props[key])
+            except ValueError:
+                raise ModelFileError(f"{source}: metadata_props {key}: {props[key][:60]!r} is not JSON") from None
+        if (found := values.pop(_FORMAT_KEY)) != FORMAT:
+            raise ModelFileError(
+                f"{source}: metadata of format {found!r}, wanted {FORMAT!r}: use the version that wrote it"
+            )
+        if not isinstance(values["labels"], list):
+            raise ModelFileError(f"{source}: metadata_props labels: found {props['labels'][:60]}, wanted a list")
+        try:
+            return cls(**values | {"labels": tuple(values["labels"])})
+        except ModelFileError as error:
+            raise ModelFileError(f"{source}: {error}") from None
+
+
+def _wrong_fields(place: str, found: Any, wanted: Mapping[str, tuple[type, ...]]) -> list[str]:
+    if not isinstance(found, Mapping):
+        return [f"{place}: found {found!r}, wanted keys and values"]
+    problems = [f"{place}.{key}: absent" for key in wanted.keys() - found.keys()]
+    problems += [f"{place}.{key}: unknown" for key in found.keys() - wanted.keys()]
+    for key in wanted.keys() & found.keys():
+        if isinstance(found[key], bool) or not isinstance(found[key], wanted[key]):
+            names = " or ".join(kind.__name__ for kind in wanted[key])
+            problems.append(f"{place}.{key}: found {found[key]!r}, wanted {names}")
+    return sorted(problems)

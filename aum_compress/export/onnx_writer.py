@@ -1,0 +1,196 @@
+"""The one model definition, written as ONNX."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import opset18
+from torch import Tensor, nn
+
+from aum_compress import __version__
+from aum_compress.errors import ModelFileError
+from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.onnx_cleanup import store_half, tidy
+from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
+from aum_compress.models.factory import Model, fold_batch_norm
+from aum_compress.models.quantized import stored_tensors
+
+IR_VERSION, OPSET = 10, 20
+"""The newest pair that onnxruntime 1.20 and all its successors read; onnx's own defaults are refused by them."""
+INPUT_NAME, OUTPUT_NAME = "features", "logits"
+
+
+def export_onnx(model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_batch: bool = False) -> None:
+    """Writes `model` to `path`: input `features` (1,1,F,T), output `logits` (1,C), both float32.
+
+    All arithmetic is float32. Precision fp16 and int8 store float tensors as float16 where that loses nothing, which
+    for fp16 means a model that `round_to_half` made. The same model and metadata give the same bytes.
+
+    Args:
+        model: in evaluation mode, on the CPU; batch normalisation is folded here if that has not been done.
+        dynamic_batch: leave the first axis of both open instead of fixing it at 1.
+
+    Raises:
+        ModelFileError: metadata that does not fit the model, or a path that cannot be written; nothing half-written
+            stays there.
+    """
+    _check_fit(model, path, metadata)
+    model = fold_if_needed(model)
+    stored = stored_tensors(model, half=metadata.precision != "fp32")
+    exported = _trace(model, dynamic_batch)
+    tidy(exported, stored.keys())
+    if metadata.precision != "fp32":
+        store_half(exported, {name for name, tensor in stored.items() if tensor.dtype == torch.float16})
+    write_whole(_finished(exported, metadata), path)
+
+
+def fold_if_needed(model: Model) -> Model:
+    """`model`, or a copy with batch normalisation folded where it has any: what is exported."""
+    return fold_batch_norm(model) if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else model
+
+
+def round_to_half(model: Model) -> Model:
+    """A copy, batch normalisation folded, whose float tensors are rounded to float16 values but stay float32 tensors.
+
+    It is what an fp16 file computes: the file stores these values in two bytes each and calculates in float32.
+    Quantisation scales are left alone.
+
+    Raises:
+        ModelFileError: a value beyond float16's 65,504, with the tensor named.
+    """
+    rounded = deepcopy(fold_if_needed(model))
+    state = rounded.state_dict()
+    for name, tensor in stored_tensors(rounded, half=True).items():
+        if tensor.dtype == torch.float16:
+            if not torch.isfinite(tensor).all():
+                raise ModelFileError(
+                    f"{name}: holds values up to {state[name].abs().max():.3g}, float16 ends at 65504: use fp32"
+                )
+            state[name].copy_(tensor)
+    return rounded
+
+
+def _check_fit(model: Model, path: Path, metadata: OnnxMetadata) -> None:
+    config = model.config
+    if (wanted := (1, config.n_mels, config.n_frames)) != metadata.feature_shape:
+        raise ModelFileError(
+            f"{path}: the model reads features of shape {wanted}, the metadata's front-end makes "
+            f"{metadata.feature_shape}: pass the input specification that the model was trained with"
+        )
+    if config.n_classes != len(metadata.labels):
+        raise ModelFileError(
+            f"{path}: the model has {config.n_classes} classes, the metadata {len(metadata.labels)} labels"
+        )
+    if model.training:
+        raise ModelFileError(f"{path}: the model is in training mode: call model.eval() before exporting it")
+
+
+def _trace(model: Model, dynamic_batch: bool) -> ir.Model:
+    # a dynamic axis of example size 1 would be taken for a constant
+    example = torch.zeros(2 if dynamic_batch else 1, 1, model.config.n_mels, model.config.n_frames)
+    axes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=axes, strict=False)
+        program = program.run_decompositions({torch.ops.aum_compress.selective_scan.default: _scan_node})
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # it would fold the model's tensors away; `tidy` does not
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            custom_translation_table={
+                torch.ops.aum_compress.quantize_dequantize.default: _quantize_dequantize,
+                torch.ops.aum_compress.dequantize_weight.default: _dequantize_weight,
+            },
+            verbose=False,
+        )
+    if dynamic_batch:
+        for value in (*exported.model.graph.inputs, *exported.model.graph.outputs):
+            value.shape = ir.Shape(["batch", *value.shape[1:]])
+    return exported.model
+
+
+def _scan_node(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    if D is None or z is None or delta_bias is not None or not delta_softplus:
+        raise NotImplementedError(
+            "SelectiveScan is written for softplus, skip and gate without delta_bias, as MambaMixer calls it"
+        )
+    return torch.onnx.ops.symbolic(
+        f"{SCAN_DOMAIN}::{SCAN_NAME}", (u, delta, A, B, C, D, z), dtype=u.dtype, shape=u.shape, version=SCAN_VERSION
+    )
+
+
+# torch traces its own translations at opset 18 and converts the whole graph to OPSET afterwards
+
+
+def _quantize_dequantize(x, scale, zero_point):
+    return opset18.DequantizeLinear(opset18.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+
+def _dequantize_weight(weight, scale):
+    return opset18.DequantizeLinear(weight, scale, axis=0)
+
+
+def _finished(exported: ir.Model, metadata: OnnxMetadata) -> onnx.ModelProto:
+    function = ir.serde.deserialize_function(scan_function(OPSET))
+    if any(node.op_type == SCAN_NAME for node in exported.graph):
+        exported.functions[function.identifier()] = function
+        exported.opset_imports[SCAN_DOMAIN] = SCAN_VERSION
+    exported.ir_version = IR_VERSION
+    exported.producer_name, exported.producer_version = "aum-compress", __version__
+    exported.graph.name = metadata.recipe or "aum_compress"
+    exported.metadata_props.update(metadata.to_props())
+    proto = ir.to_proto(exported)
+    del proto.graph.value_info[:]  # every runtime infers shapes for itself
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def write_whole(proto: onnx.ModelProto, path: Path) -> None:
+    """Writes `proto` beside `path` and renames it into place.
+
+    Raises:
+        ModelFileError: the disk is full or the place is not writable; what stood at `path` still stands there.
+    """
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        beside.write_bytes(proto.SerializeToString(deterministic=True))
+        os.replace(beside, path)
+    except OSError as error:
+        raise ModelFileError(
+            f"{path}: cannot be written: {error.strerror or error}. Free space or choose another place"
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's exporter from printing about packages that are not installed and its own deprecations."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
