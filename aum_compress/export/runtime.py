@@ -1,0 +1,203 @@
+"""Classify audio with an exported file: numpy and onnxruntime, soundfile to read files. Never torch."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime import InferenceSession
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from aum_compress.audio.mel import log_mel
+from aum_compress.errors import DataError, ModelFileError
+from aum_compress.export.metadata import OnnxMetadata
+
+_SHORTEST_REST = 0.1
+"""Share of a window below which the end of a recording is left out."""
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+def open_session(path: Path, *, optimise: bool = True, intra_op_num_threads: int = 0) -> InferenceSession:
+    """An onnxruntime session on the CPU.
+
+    Args:
+        optimise: let onnxruntime rewrite the graph. Off, it computes node by node what the file says.
+        intra_op_num_threads: 0 leaves the choice to onnxruntime.
+
+    Raises:
+        ModelFileError: no such file, or one that onnxruntime does not take for a model.
+    """
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ModelFileError(f"{path}: an ONNX file was wanted, {found}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op_num_threads
+    options.log_severity_level = 4  # what goes wrong is raised below; printed besides it would stand there twice
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    try:
+        return InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except _LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileError(
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({path.stat().st_size} bytes): "
+            f"{reason[:300]}. Not an ONNX file, cut short, or made for a newer onnxruntime: export or copy it again"
+        ) from None
+
+
+def read_metadata(session: InferenceSession, path: Path) -> OnnxMetadata:
+    """What the file that `session` was opened on says about itself; `path` is for messages.
+
+    Raises:
+        ModelFileError: a file that aum-compress did not export, or whose metadata cannot be read.
+    """
+    return OnnxMetadata.from_props(session.get_modelmeta().custom_metadata_map, str(path))
+
+
+def clip_features(clip: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
+    """Samples (S,) at the model's rate to its normalised log-mel map (1,1,F,T), float32.
+
+    A clip of another length than `metadata.clip_samples` is cut, or padded with silence, at its end.
+    """
+    padded = np.zeros(metadata.clip_samples, dtype=np.float32)
+    kept = clip[: metadata.clip_samples]
+    padded[: len(kept)] = kept
+    return ((log_mel(padded, **metadata.front_end) - metadata.mean) / metadata.std).astype(np.float32)[None, None]
+
+
+def run_session(session: InferenceSession, features: np.ndarray) -> np.ndarray:
+    """Features (B,1,F,T) to logits (B,C), one by one where the file's batch axis is fixed at 1."""
+    (values,) = session.get_inputs()
+    batches = np.split(features, len(features)) if isinstance(values.shape[0], int) else [features]
+    return np.concatenate([session.run(None, {values.name: batch})[0] for batch in batches])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about a recording of W windows."""
+
+    labels: tuple[str, ...]
+    starts_seconds: tuple[float, ...]
+    """Where each window begins (W of them)."""
+    log_probabilities: np.ndarray
+    """(W,C) float32, natural logarithm."""
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """(W,C): by window."""
+        return np.exp(self.log_probabilities)
+
+    @cached_property
+    def vote(self) -> np.ndarray:
+        """(C,): of the whole recording, from the mean of the windows' log-probabilities.
+
+        That is the geometric mean, renormalised: the rule for independent looks at one scene, under which a window that
+        excludes a class weighs more than one that is undecided.
+        """
+        return np.exp(_log_softmax(self.log_probabilities.mean(0)))
+
+    @property
+    def label(self) -> str:
+        """Class of the highest vote."""
+        return self.labels[int(self.vote.argmax())]
+
+
+class Classifier:
+    """An exported model, its front-end and its labels.
+
+    A recording is cut into windows of `clip_seconds`, one after the other. One that is shorter than a window is padded
+    with silence at its end, as in training. Where windows leave a rest, the last one is moved back to end with the
+    recording, so that it hears no padding; a rest below a tenth of a window is left out.
+
+    Raises ModelFileError when the file is no model, or not one that aum-compress exported.
+    """
+
+    def __init__(self, path: Path | str, *, intra_op_num_threads: int = 0) -> None:
+        self.path = Path(path)
+        self._session = open_session(self.path, intra_op_num_threads=intra_op_num_threads)
+        self.metadata = read_metadata(self._session, self.path)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        shapes = [value.shape for value in (*inputs, *outputs)]
+        if len(shapes) != 2 or shapes[0][1:] != [*self.metadata.feature_shape] or shapes[1][1:] != [len(self.labels)]:
+            raise ModelFileError(
+                f"{self.path}: inputs and outputs of shapes {shapes} do not fit its metadata, which say features "
+                f"{self.metadata.feature_shape} and {len(self.labels)} labels: the file was altered, export it again"
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the outputs."""
+        return self.metadata.labels
+
+    def classify_file(self, path: Path | str) -> Prediction:
+        """Any file that libsndfile reads, at any rate and channel count. One window is in memory at a time.
+
+        Raises:
+            DataError: a file that cannot be read, named.
+        """
+        from aum_compress.audio.reading import audio_info, read_audio
+
+        rate, window = self.metadata.sample_rate_hz, self.metadata.clip_seconds
+        starts = _window_starts(audio_info(path).seconds, window)
+        clips = (read_audio(path, rate, start_seconds=start, duration_seconds=window) for start in starts)
+        return self._predict(
+            starts, np.concatenate([self.logits(clip_features(clip, self.metadata)) for clip in clips])
+        )
+
+    def classify_samples(self, samples: np.ndarray, sample_rate_hz: int) -> Prediction:
+        """A recording in memory.
+
+        Args:
+            samples: (S,), or (S,channels) whose mean is taken; float, full scale = 1.
+
+        Raises:
+            DataError: another shape or type, no samples, NaN or infinity among them.
+        """
+        from aum_compress.audio.resample import resample
+
+        samples = np.asarray(samples)
+        if samples.ndim not in (1, 2) or samples.size == 0 or not np.issubdtype(samples.dtype, np.floating):
+            raise DataError(
+                f"samples of shape {samples.shape}, type {samples.dtype}: wanted float (S,) or (S,channels) of "
+                "full scale 1; divide 16-bit integers by 32768"
+            )
+        if not np.isfinite(samples).all():
+            raise DataError(f"{int((~np.isfinite(samples)).sum())} of {samples.size} samples are NaN or infinite")
+        mono = samples if samples.ndim == 1 else samples.mean(1)
+        mono = resample(mono, sample_rate_hz, self.metadata.sample_rate_hz)
+        starts = _window_starts(len(mono) / self.metadata.sample_rate_hz, self.metadata.clip_seconds)
+        firsts = [round(start * self.metadata.sample_rate_hz) for start in starts]
+        clips = (mono[first : first + self.metadata.clip_samples] for first in firsts)
+        return self._predict(
+            starts, np.concatenate([self.logits(clip_features(clip, self.metadata)) for clip in clips])
+        )
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Features (B,1,F,T) to logits (B,C), float32."""
+        return run_session(self._session, features)
+
+    def _predict(self, starts: list[float], logits: np.ndarray) -> Prediction:
+        return Prediction(self.labels, tuple(starts), _log_softmax(logits))
+
+
+def _window_starts(seconds: float, window: float) -> list[float]:
+    """Begin of each window of a recording, in seconds."""
+    whole = int(seconds / window + 1e-6)
+    starts = [k * window for k in range(max(1, whole))]
+    if whole and seconds - whole * window >= _SHORTEST_REST * window:
+        starts.append(seconds - window)
+    return starts
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
