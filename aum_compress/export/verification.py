@@ -1,0 +1,158 @@
+"""The verdict on an exported file: checks, their figures, and what counts as equal."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aum_compress.errors import VerificationFailed, join_problems
+from aum_compress.export.metadata import Precision
+
+_EXACT_DB = 300.0
+"""Stands for no difference at all; float32 arithmetic in another order gives 120 to 145 dB."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far logits may be from their reference."""
+
+    max_error: float
+    """Largest difference, as a share of the largest reference logit of the check."""
+    min_sqnr_db: float
+    """Signal-to-noise ratio: energy of the reference logits over energy of the differences."""
+    min_agreement: float
+    """Share of inputs with the same highest class. A class that the reference puts within twice `max_error` of its
+    highest counts as the same, because the tolerance lets those two swap."""
+
+
+_SAME_ARITHMETIC = Tolerance(max_error=1e-4, min_sqnr_db=80.0, min_agreement=1.0)
+TOLERANCES: Mapping[tuple[Precision, bool], Tolerance] = {
+    ("fp32", False): _SAME_ARITHMETIC,
+    ("fp32", True): _SAME_ARITHMETIC,
+    ("fp16", False): _SAME_ARITHMETIC,  # fp16 is how values are stored: both sides calculate in float32
+    ("fp16", True): _SAME_ARITHMETIC,
+    # a value on the edge between two quantisation steps may fall to either side
+    ("int8", False): Tolerance(max_error=0.05, min_sqnr_db=30.0, min_agreement=0.98),
+    # integer kernels also round biases, and intermediate results that stay in int8
+    ("int8", True): Tolerance(max_error=0.25, min_sqnr_db=20.0, min_agreement=0.90),
+}
+"""(precision, onnxruntime's graph optimisation on) -> tolerance."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. Figures are None where nothing was compared by value."""
+
+    name: str
+    passed: bool
+    reason: str
+    """Why it failed; empty when it passed."""
+    optimised: bool | None = None
+    """Whether onnxruntime was allowed to rewrite the graph."""
+    n_inputs: int | None = None
+    max_abs_error: float | None = None
+    sqnr_db: float | None = None
+    agreement: float | None = None
+    tolerance: Tolerance | None = None
+
+    def line(self) -> str:
+        """For people."""
+        how = "" if self.optimised is None else ", optimised" if self.optimised else ", as written"
+        figures = ""
+        if self.max_abs_error is not None:
+            figures = (
+                f": max error {self.max_abs_error:.2g}, SQNR {self.sqnr_db:.1f} dB, "
+                f"same class {self.agreement:.1%} of {self.n_inputs}"
+            )
+        return (
+            f"{'ok  ' if self.passed else 'FAIL'} {self.name}{how}{figures}{'' if self.passed else ': ' + self.reason}"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one file."""
+
+    path: Path
+    precision: Precision
+    reference: str
+    """What values were compared with, in words."""
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """No check failed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """Largest difference of any logit in any check."""
+        return max((check.max_abs_error for check in self.checks if check.max_abs_error is not None), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the path's name alone, so that reports of two machines compare equal."""
+        return {
+            "file": self.path.name,
+            "precision": self.precision,
+            "reference": self.reference,
+            "passed": self.passed,
+            "max_abs_error": self.max_abs_error,
+            "checks": [asdict(check) for check in self.checks],
+            "warnings": list(self.warnings),
+        }
+
+    def lines(self) -> list[str]:
+        """The verdict, then one line a check, then warnings."""
+        failed = sum(not check.passed for check in self.checks)
+        verdict = "PASSED" if self.passed else f"FAILED in {failed}"
+        return [
+            f"{self.path.name} ({self.precision}): {verdict} of {len(self.checks)} checks against {self.reference}",
+            *(f"  {check.line()}" for check in self.checks),
+            *(f"  note {warning}" for warning in self.warnings),
+        ]
+
+    def enforce(self) -> None:
+        """Raises VerificationFailed with every failed check, if there is one."""
+        if not self.passed:
+            failed = [check.line().removeprefix("FAIL ") for check in self.checks if not check.passed]
+            raise VerificationFailed(
+                join_problems(f"{self.path}: is not what {self.reference} says; export it again:", failed)
+            )
+
+
+def finding(name: str, problems: list[str]) -> Check:
+    """A check without figures: passed when there are no problems."""
+    return Check(name, not problems, "; ".join(problems[:5]) + (f"; {len(problems) - 5} more" if problems[5:] else ""))
+
+
+def compare(
+    name: str, found: np.ndarray, expected: np.ndarray, tolerance: Tolerance, *, optimised: bool | None
+) -> Check:
+    """Logits (B,C) against their reference (B,C)."""
+    if found.shape != expected.shape:
+        reason = f"logits of shape {found.shape}, wanted {expected.shape}"
+        return Check(name, False, reason, optimised, len(expected), tolerance=tolerance)
+    for whose, logits in (("", found), ("the reference's ", expected)):
+        if bad := int((~np.isfinite(logits)).sum()):
+            reason = f"{bad} of {whose}{logits.size} logits are NaN or infinite"
+            return Check(name, False, reason, optimised, len(expected), tolerance=tolerance)
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    difference = np.abs(found - expected)
+    limit = tolerance.max_error * max(float(np.abs(expected).max()), 1e-6)
+    signal, noise = float((expected**2).sum()), float((difference**2).sum())
+    sqnr_db = min(_EXACT_DB, 10 * np.log10(signal / noise)) if noise and signal else 0.0 if noise else _EXACT_DB
+    chosen = np.take_along_axis(expected, found.argmax(1)[:, None], axis=1)[:, 0]
+    agreement = float((chosen >= expected.max(1) - 2 * limit).mean())
+    problems = []
+    if (error := float(difference.max())) > limit:
+        problems.append(f"an error of {error:.3g}, at most {limit:.3g} wanted")
+    if sqnr_db < tolerance.min_sqnr_db:
+        problems.append(f"SQNR {sqnr_db:.1f} dB, at least {tolerance.min_sqnr_db:.0f} dB wanted")
+    if agreement < tolerance.min_agreement:
+        problems.append(f"same class for {agreement:.1%}, at least {tolerance.min_agreement:.0%} wanted")
+    return Check(
+        name, not problems, "; ".join(problems), optimised, len(expected), error, float(sqnr_db), agreement, tolerance
+    )

@@ -1,0 +1,128 @@
+"""What an exported file is, before anything is run: a whole ONNX file, its names, shapes, labels and weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnxruntime import InferenceSession
+from pydantic import ValidationError
+
+from aum_compress.audio.config import InputSpec
+from aum_compress.bundle import CARD, BundleCard, file_sha256
+from aum_compress.errors import ModelFileError
+from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.onnx_writer import INPUT_NAME, IR_VERSION, OPSET, OUTPUT_NAME, fold_if_needed
+from aum_compress.export.scan_function import SCAN_DOMAIN
+from aum_compress.export.verification import Check, finding
+from aum_compress.models.factory import Model
+from aum_compress.models.quantized import stored_tensors
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """The file's graph.
+
+    Raises:
+        ModelFileError: absent, no ONNX, cut short, or of another IR, opset or domain than `export_onnx` writes.
+    """
+    try:
+        proto = onnx.load(path, format="protobuf")
+        onnx.checker.check_model(proto)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror or error}; an ONNX file was wanted") from None
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelFileError(
+            f"{path}: not a whole ONNX file ({path.stat().st_size} bytes): {reason}. Export or copy it again"
+        ) from None
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    if opsets.get("") != OPSET or proto.ir_version > IR_VERSION or opsets.keys() - {"", SCAN_DOMAIN}:
+        found = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in opsets.items())
+        raise ModelFileError(
+            f"{path}: IR {proto.ir_version} with opsets {found or 'none'}; wanted IR up to {IR_VERSION}, ai.onnx "
+            f"{OPSET} and no other domain than {SCAN_DOMAIN}: not a file that this version exported; export it again"
+        )
+    return proto
+
+
+def check_names(session: InferenceSession) -> Check:
+    """One input and one output, under the names that runtimes rely on."""
+    inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
+    problems = []
+    if inputs != [INPUT_NAME]:
+        problems.append(f"inputs {inputs}, wanted {[INPUT_NAME]}")
+    if outputs != [OUTPUT_NAME]:
+        problems.append(f"outputs {outputs}, wanted {[OUTPUT_NAME]}")
+    return finding("names", problems)
+
+
+def check_shapes(session: InferenceSession, metadata: OnnxMetadata) -> Check:
+    """Types and shapes against the metadata's front-end and labels."""
+    problems = []
+    wanted = {"input": list(metadata.feature_shape), "output": [len(metadata.labels)]}
+    for kind, values in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        for value in values:
+            if value.type != "tensor(float)" or value.shape[1:] != wanted[kind]:
+                problems.append(f"{value.name} is {value.type} {value.shape}, wanted float32 (batch, *{wanted[kind]})")
+            elif isinstance(value.shape[0], int) and value.shape[0] != 1:
+                problems.append(f"{value.name} has a batch of {value.shape[0]}, wanted 1 or an open one")
+    return finding("shapes", problems)
+
+
+def check_identity(metadata: OnnxMetadata, labels: tuple[str, ...], spec: InputSpec, source: str) -> list[Check]:
+    """Labels and input of the metadata against those of `source`."""
+    problems = [
+        f"class {place} is {found!r}, {source} says {wanted!r}"
+        for place, (found, wanted) in enumerate(zip(metadata.labels, labels))
+        if found != wanted
+    ]
+    if len(metadata.labels) != len(labels):
+        problems.append(f"{len(metadata.labels)} labels, {source} has {len(labels)}")
+    found, wanted = _flat(metadata.input), _flat(spec.model_dump(mode="json"))
+    differing = [
+        f"{key} is {found.get(key)}, {source} says {wanted.get(key)}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    return [finding(f"labels of {source}", problems), finding(f"front-end of {source}", differing)]
+
+
+def _flat(record: Mapping) -> dict[str, object]:
+    return {**record["front_end"], **{key: value for key, value in record.items() if key != "front_end"}}
+
+
+def check_card(path: Path, metadata: OnnxMetadata) -> list[Check]:
+    """Against the bundle that the file lies in, if it lies in one."""
+    card_path = path.parent / CARD
+    if not card_path.is_file():
+        return []
+    try:
+        card = BundleCard.model_validate_json(card_path.read_bytes())
+    except (ValidationError, UnicodeDecodeError):
+        return [finding("bundle card", [f"{CARD} beside the file cannot be read"])]
+    if path.name not in card.files:
+        return []
+    wanted, found = card.files[path.name], file_sha256(path)
+    altered = (
+        [] if found == wanted else [f"sha256 {found[:12]}..., the card says {wanted[:12]}...: altered or cut short"]
+    )
+    return [finding("bundle card", altered), *check_identity(metadata, card.labels, card.input, "the bundle card")]
+
+
+def check_weights(proto: onnx.ModelProto, model: Model) -> Check:
+    """Each tensor of the model against the initialiser of its name, bit by bit; a Linear may be stored transposed."""
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    problems = []
+    for name, tensor in stored_tensors(fold_if_needed(model), half=False).items():
+        wanted = tensor.numpy()
+        if name not in found:
+            problems.append(f"{name} is absent")
+            continue
+        stored = found[name].astype(wanted.dtype) if found[name].dtype == np.float16 else found[name]
+        options = [w for w in (wanted, wanted.T) if w.shape == stored.shape and w.dtype == stored.dtype]
+        if not options:
+            problems.append(f"{name} is {stored.dtype} {stored.shape}, wanted {wanted.dtype} {wanted.shape}")
+        elif differing := min(int((stored != option).sum()) for option in options):
+            problems.append(f"{name}: {differing} of {stored.size} values differ")
+    return finding("weights", problems)
