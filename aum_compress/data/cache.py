@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 
 from aum_compress.audio import mel, reading, resample
 from aum_compress.audio.config import FrontEndConfig
@@ -33,7 +34,7 @@ from aum_compress.errors import DataError
 
 What = Literal["logmel", "waveform"]
 
-_STATISTICS_CLIPS = 2000
+_STATISTICS_CLIPS = 500
 _logger = logging.getLogger(__name__)
 
 
@@ -160,7 +161,7 @@ def cache_clips(
 def feature_statistics(cached: CachedClips) -> tuple[float, float]:
     """Mean and standard deviation of all log-mel values, for the input normalisation; give it the training part.
 
-    Of cached waveforms, at most 2,000 evenly spaced ones are transformed.
+    Of cached waveforms, at most 500 evenly spaced ones are transformed.
     """
     n = len(cached)
     if cached.what == "waveform":
@@ -171,7 +172,8 @@ def feature_statistics(cached: CachedClips) -> tuple[float, float]:
     for block in np.array_split(picked, -(-len(picked) // 128)):
         values = cached[block]
         if cached.what == "waveform":
-            values = mel.log_mel(values, **cached.front_end.model_dump())
+            with threadpool_limits(1, "blas"):  # as in data/examine.py
+                values = mel.log_mel(values, **cached.front_end.model_dump())
         count += values.size
         total += values.sum(dtype=np.float64)
         squares += np.square(values, dtype=np.float64).sum()
