@@ -41,13 +41,13 @@ def check_model(
             f"features of one clip are {spec.feature_shape[1:]} mel bins x frames, the model's configuration says "
             f"{(model.config.n_mels, model.config.n_frames)}; use the input specification that it was built for"
         )
+    state = state_as_it_is(model) if stored is None else stored
+    tensors = stored_by_module(model, state)
     operations = traced_operations(model, spec.feature_shape)
     witnesses = {"traced graph": {name: own.macs for name, own in operations.items()}}
     if ours:
         witnesses["configuration"] = analytic_macs(model.config)
         agree(witnesses)
-    state = state_as_it_is(model) if stored is None else stored
-    tensors = stored_by_module(model, state)
     layers = []
     for name, module in model.named_modules():
         own, done = tensors.get(name, Stored()), operations.get(name, Operations())

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from aum_compress.audio.config import InputSpec
 from aum_compress.budget.analytic import analytic_macs, front_end_macs
-from aum_compress.budget.onnx_file import input_record, read_onnx
+from aum_compress.budget.onnx_file import input_record, open_batch, read_onnx
 from aum_compress.budget.onnx_graph import onnx_operations, onnx_stored
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree
 from aum_compress.errors import AumError
@@ -41,6 +41,10 @@ def check_onnx(
     notes = []
     if left_out:
         notes.append(f"{left_out:,} bytes of shapes, axes and single constants are structure, not parameters")
+    if any(node.op_type == "Scan" for node in model.graph.node):
+        notes.append("products around a Scan of another maker are elementwise here: its MACs are a lower bound")
+    if batch := open_batch(model, dims or {}):
+        notes.append(f"input {', '.join(batch)} is open in its first axis: counted for a batch of one")
     if clip_seconds is None:
         clip_seconds = 1.0 if spec is None else spec.clip_seconds
         if spec is None:

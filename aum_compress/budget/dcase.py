@@ -12,7 +12,7 @@ import torch
 import torchinfo
 from torch import Tensor, nn
 
-from aum_compress.models.factory import build_model
+from aum_compress.models.factory import Model, build_model
 from aum_compress.models.quantized import QuantizedLayer
 
 INT8_NOTE = (
@@ -39,5 +39,5 @@ def dcase_bytes(model: nn.Module, stored: Mapping[str, Tensor]) -> int:
 
 
 def holds_int8(model: nn.Module) -> bool:
-    """Whether any layer of the model keeps its weights in int8."""
-    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+    """Whether this is one of the project's models with layers that keep their weights in int8."""
+    return isinstance(model, Model) and any(isinstance(module, QuantizedLayer) for module in model.modules())

@@ -2,13 +2,13 @@
 
 import copy
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import inliner, shape_inference
+from onnxscript.optimizer import fold_constants
 
 from aum_compress.errors import ModelFileError, join_problems
 
@@ -16,9 +16,6 @@ TensorType = onnx.TypeProto.Tensor
 
 INPUT_KEY = "input"
 """Key in `metadata_props` of files that aum-compress exports: the input specification as JSON."""
-
-SMALL = 64
-"""Values in a tensor that may be a shape or an axis rather than a weight."""
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -58,6 +55,12 @@ def input_record(model: onnx.ModelProto) -> dict | None:
                 return None
             return found if isinstance(found, dict) else None
     return None
+
+
+def open_batch(model: onnx.ModelProto, dims: Mapping[str, int]) -> list[str]:
+    """Names of the inputs whose first axis has no size, and so is taken to be a batch of one."""
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    return [name for name, dim in shapes.items() if dim and not dim[0].dim_value > 0 and dim[0].dim_param not in dims]
 
 
 def stored_constants(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
@@ -132,19 +135,31 @@ def expand(model: onnx.ModelProto, source: str, dims: Mapping[str, int]) -> onnx
         raise ModelFileError(f"{source}: functions cannot be inlined: {error}") from None
 
 
+def settle_shapes(model: onnx.ModelProto, source: str) -> None:
+    """Puts numbers in place of what the graph computes from sizes of its inputs, in place.
+
+    onnx's own inference does not follow such arithmetic everywhere, and an open batch axis brings it in.
+
+    Raises:
+        ModelFileError: the graph contradicts itself.
+    """
+    try:
+        fold_constants(model, onnx_shape_inference=True)
+    except Exception as error:  # whatever the operator that is evaluated raises
+        raise ModelFileError(f"{source}: sizes cannot be computed: {error}") from None
+
+
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose weights are inputs: shapes follow from their sizes alone, and large files stay out of memory."""
+    """A copy whose weights are inputs: sizes follow from theirs alone, copies stay small, and none is folded away."""
     light = onnx.ModelProto()
     light.CopyFrom(model)
-    kept = []
-    for tensor in light.graph.initializer:
-        if math.prod(tensor.dims) <= SMALL or tensor.data_type == onnx.TensorProto.INT64:
-            kept.append(tensor)  # perhaps a shape, whose values inference reads
-        elif tensor.name not in {value.name for value in light.graph.input}:
-            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    kept = [copy.deepcopy(tensor) for tensor in kept]
+    shapes = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT64]
     del light.graph.initializer[:]
-    light.graph.initializer.extend(kept)
+    light.graph.initializer.extend(shapes)
+    kept = {value.name for value in light.graph.input} | {tensor.name for tensor in shapes}
+    for tensor in model.graph.initializer:
+        if tensor.name not in kept:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     return light
 
 

@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from aum_compress.budget.analytic import einsum_macs
-from aum_compress.budget.onnx_file import TensorType, body_model, expand, infer, stored_constants
+from aum_compress.budget.onnx_file import TensorType, body_model, expand, infer, settle_shapes, stored_constants
 from aum_compress.budget.operators import MAC, ONNX_FREE, ONNX_POOLS, ONNX_READ, ONNX_WRITTEN
 from aum_compress.budget.records import Operations, Stored
 from aum_compress.errors import AumError, ModelFileError, join_problems
@@ -132,6 +132,7 @@ def onnx_operations(
     }
     whole = expand(model, source, dims or {})
     _refuse_unknown(whole.graph, source)
+    settle_shapes(whole, source)
     scope = _Scope(whole, infer(whole, source), _Origins(whole.graph, origins.weights), source, calls)
     found: dict[str, Counter[str]] = defaultdict(Counter)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)

@@ -53,7 +53,7 @@ TORCH_POOLS = ("avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d")
 
 TORCH_FREE = _names(
     "alias clone constant_pad_nd copy dropout dropout_ empty_like expand_as feature_dropout flip index_select "
-    "lift_fresh masked_fill_ movedim new_ones numel ones_like pad repeat reshape_as scalar_tensor "
+    "lift_fresh mT masked_fill_ movedim new_ones numel numpy_T ones_like pad repeat reshape_as scalar_tensor "
     "select_scatter slice_scatter squeeze_ swapaxes tensor_split tile tril triu unflatten unfold view_as"
 )
 """Moves or copies values; fvcore itself knows the commonest."""
