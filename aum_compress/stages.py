@@ -74,7 +74,6 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
         for step in range(1, section.steps + 1):
             model, removed = prune_d_inner(
                 model,
-                torch.from_numpy(space.normalised("train", 1)),
                 step_ratio,
                 importance=section.importance,
                 round_to=section.round_to,

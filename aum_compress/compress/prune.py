@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 
+import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from aum_compress.errors import AumError
 from aum_compress.models.audio_mamba import AudioMamba
 from aum_compress.models.mamba import MambaMixer
+
+TRACED_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,6 @@ class PruneResult:
 
 def prune_d_inner(
     model: AudioMamba,
-    example: Tensor,
     ratio: float,
     *,
     importance: str = "taylor",
@@ -43,7 +45,7 @@ def prune_d_inner(
     """A smaller model: `ratio` of all d_inner channels removed, ranked over all blocks together.
 
     Args:
-        example: (B,1,F,T) features to trace with.
+        ratio: aimed at; widths are then rounded to the nearest multiple of `round_to`.
         importance: `taylor`, |sum of weight x gradient| over each coupled group, or `magnitude`, its L2 norm.
         backward: called once with the model to leave gradients of the real loss in it; `taylor` needs it.
 
@@ -64,20 +66,20 @@ def prune_d_inner(
         tp.importance.GroupTaylorImportance() if importance == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
     )
     with _surrogate_forward(mixers) as side_outputs, warnings.catch_warnings():
-        # norms, positions and class token lie along d_model, which is not pruned: nothing to declare for them
+        # norms lie along d_model, which is not pruned: nothing to declare for them
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-        pruner = tp.pruner.BasePruner(
+        pruner = _NearestPruner(
             model,
-            example,
+            torch.randn(1, TRACED_TOKENS, model.config.d_model),
             importance=ranking,
             global_pruning=True,
             isomorphic=True,
             pruning_ratio=ratio,
             max_pruning_ratio=max_block_ratio,
             round_to=round_to,
-            forward_fn=lambda module, inputs: _trace(module, inputs, side_outputs),
-            unwrapped_parameters=_unwrapped(model),
-            ignored_layers=_outputs_kept(model),
+            forward_fn=lambda module, tokens: _trace_blocks(module, tokens, side_outputs),
+            unwrapped_parameters=_unwrapped(mixers),
+            ignored_layers=_outputs_kept(mixers),
             # in_proj's rows are x and z: i and i+D must be ranked and removed together. Fresh dicts: the constructor
             # writes into its own mutable defaults
             out_channel_groups={mixer.in_proj: 2 for mixer in mixers},
@@ -106,28 +108,37 @@ def _rebuild(model: AudioMamba, widths: tuple[int, ...]) -> AudioMamba:
     return rebuilt.eval()
 
 
-def _unwrapped(model: AudioMamba) -> list[tuple[nn.Parameter, int]]:
+class _NearestPruner(tp.pruner.BasePruner):
+    """Rounds widths to the nearest multiple; the original always rounds down, which removes far more than was asked."""
+
+    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+        width = round((current_channels - n_pruned) / round_to) * round_to
+        return min(max(current_channels - max(width, round_to), 0), current_channels)
+
+
+def _unwrapped(mixers: list[MambaMixer]) -> list[tuple[nn.Parameter, int]]:
     """The mixers' bare parameters and the axis of theirs that is d_inner."""
     found = []
-    for block in model.layers:
-        for suffix in block.mixer.suffixes:
-            found += [(getattr(block.mixer, f"A{suffix}_log"), 0), (getattr(block.mixer, f"D{suffix}"), 0)]
+    for mixer in mixers:
+        for suffix in mixer.suffixes:
+            found += [(getattr(mixer, f"A{suffix}_log"), 0), (getattr(mixer, f"D{suffix}"), 0)]
     return found
 
 
-def _outputs_kept(model: AudioMamba) -> list[nn.Module]:
+def _outputs_kept(mixers: list[MambaMixer]) -> list[nn.Module]:
     """Layers whose outputs are not d_inner. Their inputs are still trimmed."""
-    kept: list[nn.Module] = [model.patch_embed, model.head]
-    kept += [module for module in model.patch_embed.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for block in model.layers:
-        kept.append(block.mixer.out_proj)
-        kept += [getattr(block.mixer, f"x_proj{suffix}") for suffix in block.mixer.suffixes]
+    kept: list[nn.Module] = []
+    for mixer in mixers:
+        kept += [mixer.out_proj, *(getattr(mixer, f"x_proj{suffix}") for suffix in mixer.suffixes)]
     return kept
 
 
-def _trace(model: AudioMamba, example: Tensor, side_outputs: list[Tensor]) -> list[Tensor]:
+def _trace_blocks(model: AudioMamba, tokens: Tensor, side_outputs: list[Tensor]) -> list[Tensor]:
+    """The blocks alone: stem, class token and head have no d_inner, and reshapes mislead the tracer."""
     side_outputs.clear()
-    return [model(example), *side_outputs]
+    for block in model.layers:
+        tokens = block(tokens)
+    return [tokens, *side_outputs]
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def _input_ranges(
             values = values[:: max(1, len(values) // SAMPLES_A_BATCH)].numpy()
             low, high = np.percentile(values, [100 - percentile, percentile])
             seen = ranges.get(name, (0.0, 0.0))  # zero stays representable: padding must be exact
-            ranges[name] = (min(seen[0], float(low)), max(seen[1], float(high)))
+            ranges[name] = (float(np.minimum(seen[0], low)), float(np.maximum(seen[1], high)))  # NaN stays NaN
 
         return hook
 

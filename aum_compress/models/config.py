@@ -120,8 +120,8 @@ def stem_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> tuple[i
     """Rows and columns that a stem leaves of an (F,T) spectrogram."""
     if isinstance(stem, PatchStem):
         return (
-            (n_mels - stem.patch_mels) // stem.stride_mels + 1,
-            (n_frames - stem.patch_frames) // stem.stride_frames + 1,
+            max(0, (n_mels - stem.patch_mels) // stem.stride_mels + 1),
+            max(0, (n_frames - stem.patch_frames) // stem.stride_frames + 1),
         )
     rows, columns = n_mels, n_frames
     for stage in stem.stages:  # 3x3 kernels padded by 1: ceil division by the stride

@@ -1,0 +1,130 @@
+import pytest
+import torch
+import torchinfo
+from pydantic import ValidationError
+from tiny import LABELS, N_FRAMES, N_MELS, aum_config, cp_config, features, student_config, trained_like
+
+from aum_compress.models.config import AudioMambaConfig, ConvStage, ConvStem, PatchStem
+from aum_compress.models.factory import build_model, fold_batch_norm
+from aum_compress.models.mamba import MambaMixer, RMSNorm
+from aum_compress.models.presets import PRESETS
+from aum_compress.models.scan import selective_scan_oracle
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_cp_mobile_is_the_baseline_network():
+    model = build_model(PRESETS["cp-mobile"](256, 65, 10))
+    assert parameters(model) == 61_148
+    assert torchinfo.summary(model, input_size=(1, 1, 256, 65), verbose=0).total_mult_adds == 29_419_156
+
+
+def test_aum_small_has_the_published_size():
+    with torch.device("meta"):
+        model = build_model(PRESETS["aum-small"](128, 1024, 527))
+    assert parameters(model) == 25_539_215  # published: 25.5 M
+
+
+def test_published_checkpoint_names():
+    names = set(build_model(aum_config()).state_dict())
+    mixer = "layers.0.mixer."
+    assert {"cls_token", "pos_embed.pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"} <= names
+    assert {"norm_f.weight", "head.weight", "head.bias", "layers.0.norm.weight"} <= names
+    assert {mixer + n for n in ("in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.bias", "A_log", "D")} <= names
+    assert {mixer + n for n in ("conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "A_b_log", "D_b")} <= names
+
+
+@pytest.mark.parametrize(
+    "config", [student_config(), student_config(directions=1), student_config(token="cell"), aum_config(), cp_config()]
+)
+def test_logits_and_gradients(config):
+    model = build_model(config)
+    logits = model(features(3))
+    assert logits.shape == (3, len(LABELS))
+    logits.square().sum().backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not missing
+
+
+def test_token_counts():
+    assert student_config().n_tokens == N_FRAMES
+    assert aum_config().n_tokens == (N_MELS // 8) * (N_FRAMES // 8) + 1
+    assert build_model(aum_config()).embed(features(2)).shape == (2, aum_config().n_tokens, 16)
+
+
+def test_class_token_stands_in_the_middle_and_its_position_first():
+    model = build_model(aum_config())
+    with torch.no_grad():
+        model.cls_token.fill_(1.0)
+        model.pos_embed.pos_embed.zero_()
+        model.pos_embed.pos_embed[0, 0] = 100.0
+    tokens = model.embed(features(1))
+    found = (tokens[0] == 101.0).all(1).nonzero().flatten().tolist()
+    assert found == [(tokens.shape[1] - 1) // 2]
+
+
+def test_patch_tokens_are_frequency_major():
+    model = build_model(aum_config())
+    x = features(1)
+    patches = model.patch_embed(x)
+    columns = N_FRAMES // 8
+    lower_row = model.patch_embed.proj(x[:, :, 8:16])[0, :, 0]
+    torch.testing.assert_close(patches[0, columns : 2 * columns], lower_row.T)
+
+
+def test_mixer_halves_the_sum_of_two_independent_directions():
+    torch.manual_seed(0)
+    mixer = MambaMixer(16, student_config().blocks[0])
+    tokens = torch.randn(2, 9, 16)
+    x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
+    forward = mixer.scan_direction(x, z, "")
+    backward = mixer.scan_direction(x.flip(-1), z.flip(-1), "_b").flip(-1)
+    torch.testing.assert_close(mixer(tokens), mixer.out_proj(((forward + backward) / 2).transpose(1, 2)))
+
+
+def test_backward_direction_is_causal_from_the_end():
+    mixer = MambaMixer(16, student_config().blocks[0])
+    x, z = torch.randn(1, 24, 8), torch.randn(1, 24, 8)
+    changed = x.clone()
+    changed[..., 0] += 1
+    before = mixer.scan_direction(x.flip(-1), z.flip(-1), "_b").flip(-1)
+    after = mixer.scan_direction(changed.flip(-1), z.flip(-1), "_b").flip(-1)
+    torch.testing.assert_close(before[..., 1:], after[..., 1:])
+    assert not torch.allclose(before[..., 0], after[..., 0])
+
+
+def test_mixer_scans_as_the_oracle_does(monkeypatch):
+    mixer = MambaMixer(16, student_config().blocks[0])
+    tokens = torch.randn(2, 9, 16)
+    found = mixer(tokens)
+    monkeypatch.setattr("aum_compress.models.mamba.selective_scan", selective_scan_oracle)
+    torch.testing.assert_close(found, mixer(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm():
+    norm = RMSNorm(8)
+    x = torch.randn(3, 8) * 5
+    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (8,), eps=1e-5))
+
+
+@pytest.mark.parametrize("config", [student_config(), student_config(token="cell"), cp_config()])
+def test_folding_batch_norm_changes_nothing_but_the_size(config):
+    model = trained_like(config)
+    folded = fold_batch_norm(model)
+    torch.testing.assert_close(folded(features()), model(features()), rtol=1e-4, atol=1e-5)
+    assert not any("running" in name for name in folded.state_dict())
+    assert len(folded.state_dict()) < len(model.state_dict())
+    again = fold_batch_norm(folded)
+    torch.testing.assert_close(again(features()), folded(features()))
+
+
+def test_stem_that_leaves_no_token_is_refused():
+    with pytest.raises(ValidationError, match="leaves a 0 x 1 grid"):
+        AudioMambaConfig.model_validate(dict(student_config()) | {"stem": PatchStem(patch_mels=64, patch_frames=16)})
+
+
+def test_first_conv_stage_has_to_be_plain():
+    with pytest.raises(ValidationError, match="expansion must be 0"):
+        ConvStem(stages=(ConvStage(channels=8),))

@@ -1,0 +1,130 @@
+import pytest
+
+from aum_compress.audio.config import FrontEndConfig
+from aum_compress.errors import RecipeError
+from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
+from aum_compress.recipe import dump_recipe, find_recipe, load_recipe, recipe_head, recipes_folder, validate_recipe
+from aum_compress.recipe_schema import ModelSection, StudentSection
+
+MINIMAL = """\
+data: {kind: synth}
+student: {train: {epochs: 3, learning_rate: 1e-3}}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def shipped():
+    return sorted(recipes_folder().glob("*.yaml"))
+
+
+def test_the_three_recipes_ship():
+    assert {path.stem for path in shipped()} >= {"quickstart", "tau-aum-small-int8", "esc10-mobile"}
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+def test_shipped_recipe_is_valid_and_says_what_it_is(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    head = " ".join(recipe_head(path)).lower()
+    assert all(word in head for word in ("makes", "takes", "measured"))
+    _, n_mels, n_frames = 1, recipe.features.n_mels, recipe.features.n_frames(recipe.data.clip_seconds)
+    for section in (recipe.reference, recipe.teacher, recipe.student):
+        if section:
+            assert section.resolve(n_mels, n_frames, 10).n_mels == n_mels
+    assert validate_recipe(recipe.model_dump(mode="json", by_alias=True), "again") == recipe
+
+
+def test_scientific_numbers_are_numbers(minimal):
+    assert load_recipe(minimal).student.train.learning_rate == 1e-3
+
+
+def test_name_defaults_to_the_file(minimal):
+    assert load_recipe(minimal).name == "mine"
+
+
+def test_settings_are_applied_and_validated(minimal):
+    recipe = load_recipe(minimal, ["student.train.epochs=7", "features.n_mels=64", "quantize.weight_bits=8", "seed=3"])
+    assert (recipe.student.train.epochs, recipe.features.n_mels, recipe.seed) == (7, 64, 3)
+    assert recipe.quantize.weight_bits == 8
+    assert load_recipe(minimal, ["quantize.weight_bits=8", "quantize=null"]).quantize is None
+
+
+def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
+    recipe = load_recipe(minimal, ["distill.train.epochs=2", "distill.lambda=0.5", "distill.teachers=[some/bundle]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+    assert "lambda: 0.5" in again.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["student.train.epoch=3"], "student.train.epoch: unknown key; did you mean epochs?"),
+        (["studnt.train.epochs=3"], "studnt: unknown key; did you mean student?"),
+        (["student.train.epochs=three"], "student.train.epochs: Input should be a valid integer.*got 'three'"),
+        (["student.train.epochs=0"], "student.train.epochs: Input should be greater than 0, got 0"),
+        (["data.kind=tua"], "data: Input tag 'tua'.*'tau', 'folders', 'synth'"),
+        (["prune.ratio=1.5", "prune.finetune.epochs=1"], "prune.ratio: Input should be less than 1, got 1.5"),
+        (["features.window_samples=9999"], "features: window_samples 9999 must be at most n_fft 4096"),
+        (["export.dynamic_batch=true"], "export.precisions: int8 needs a quantize section"),
+        (["student.train=null"], "student.train: needed"),
+        (["distill.train.epochs=1"], "distill.teachers: names teacher, but the recipe has no section teacher"),
+        (["verify.clips=3"], "verify: needs an export section"),
+        (["student.train.augment.device_response_p=0.5"], "device_response_p needs device_response_folder"),
+        (["reference={preset: cp-mobile, depth: 3, train: {epochs: 1}}"], "depth cannot be changed"),
+        (["student"], "--set student: wanted section.key=value"),
+        (["seed.x=1"], "--set seed.x=1: seed is not a section"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(minimal, settings, message):
+    settings = ["seed=0", *settings]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(minimal, settings)
+
+
+def test_all_problems_at_once(minimal):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(minimal, ["student.train.epochs=x", "seed=-1", "teacher.preset=aum-huge"])
+    message = str(caught.value)
+    assert all(place in message for place in ("student.train.epochs:", "seed:", "teacher.preset:", "teacher.train:"))
+
+
+def test_not_yaml(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("data: [unclosed")
+    with pytest.raises(RecipeError, match=r"bad.yaml: is not YAML"):
+        load_recipe(path)
+    path.write_text("just words")
+    with pytest.raises(RecipeError, match="wanted sections"):
+        load_recipe(path)
+
+
+def test_no_such_recipe_suggests_one():
+    with pytest.raises(RecipeError, match="quickstrat: no such recipe.*Did you mean quickstart"):
+        find_recipe("quickstrat")
+
+
+def test_sections_resolve_to_configurations():
+    config = ModelSection(preset="aum-tiny", d_model=64, depth=3, d_state=8, directions=1).resolve(64, 33, 5)
+    assert isinstance(config, AudioMambaConfig)
+    assert [(b.d_inner, b.d_state, b.dt_rank, b.directions) for b in config.blocks] == [(128, 8, 4, 1)] * 3
+    assert isinstance(ModelSection(preset="cp-mobile").resolve(256, 65, 10), CPMobileConfig)
+    wide = StudentSection(d_inner=80).resolve(256, 65, 10)
+    assert {block.d_inner for block in wide.blocks} == {80}
+
+
+def test_stem_that_does_not_fit_is_a_recipe_error():
+    with pytest.raises(RecipeError, match="preset aum-tiny: .*leaves a 0 x"):
+        ModelSection(preset="aum-tiny").resolve(8, 65, 10)
+
+
+def test_front_end_clip_arithmetic():
+    front_end = FrontEndConfig()
+    assert (front_end.clip_samples(1.0), front_end.n_frames(1.0)) == (32_000, 65)
