@@ -48,11 +48,15 @@ def _soundscapes(config: SynthData, progress: Progress | None) -> Path:
             partial = root.with_name(f"{root.name}.partial")
             # under the lock, a partial tree is what a killed process left behind
             shutil.rmtree(partial, ignore_errors=True)
-            synth.write_soundscapes(partial, **numbers, progress=progress)
-            (partial / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
-            if root.is_dir():
-                root.rmdir()
-            partial.rename(root)
+            try:
+                synth.write_soundscapes(partial, **numbers, progress=progress)
+                (partial / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+                if root.is_dir():
+                    root.rmdir()
+                partial.rename(root)
+            except BaseException:  # Ctrl-C too
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise DataError(
             f"{root}: soundscapes cannot be written there: {error.strerror or error}. Make room, or name another "
