@@ -147,7 +147,7 @@ class Classifier:
         from aum_compress.audio.reading import audio_info, read_audio
 
         rate, window = self.metadata.sample_rate_hz, self.metadata.clip_seconds
-        starts = _window_starts(audio_info(path).seconds, window)
+        starts = window_starts(audio_info(path).seconds, window)
         clips = (read_audio(path, rate, start_seconds=start, duration_seconds=window) for start in starts)
         return self._predict(
             starts, np.concatenate([self.logits(clip_features(clip, self.metadata)) for clip in clips])
@@ -174,7 +174,7 @@ class Classifier:
             raise DataError(f"{int((~np.isfinite(samples)).sum())} of {samples.size} samples are NaN or infinite")
         mono = samples if samples.ndim == 1 else samples.mean(1)
         mono = resample(mono, sample_rate_hz, self.metadata.sample_rate_hz)
-        starts = _window_starts(len(mono) / self.metadata.sample_rate_hz, self.metadata.clip_seconds)
+        starts = window_starts(len(mono) / self.metadata.sample_rate_hz, self.metadata.clip_seconds)
         firsts = [round(start * self.metadata.sample_rate_hz) for start in starts]
         clips = (mono[first : first + self.metadata.clip_samples] for first in firsts)
         return self._predict(
@@ -189,7 +189,7 @@ class Classifier:
         return Prediction(self.labels, tuple(starts), _log_softmax(logits))
 
 
-def _window_starts(seconds: float, window: float) -> list[float]:
+def window_starts(seconds: float, window: float) -> list[float]:
     """Begin of each window of a recording, in seconds."""
     whole = int(seconds / window + 1e-6)
     starts = [k * window for k in range(max(1, whole))]

@@ -97,7 +97,7 @@ def verify_onnx(
         metadata.precision,
         " and ".join(against) or "itself (neither a reference nor golden logits were there)",
         tuple(checks),
-        tuple(_saturation(checks)),
+        tuple(saturation_notes(checks)),
     )
 
 
@@ -142,7 +142,7 @@ def _batch_checks(sessions: Sessions, limits: Mapping[bool, Tolerance], features
             yield compare(f"batch of {size}", together, alone[:size], limits[optimised], optimised=optimised)
 
 
-def _saturation(checks: list[Check]) -> Iterator[str]:
+def saturation_notes(checks: list[Check]) -> Iterator[str]:
     """Inputs on which this machine's integer kernels are far worse than the file's own arithmetic."""
     written = {check.name: check.sqnr_db for check in checks if check.optimised is False}
     for check in checks:

@@ -113,16 +113,16 @@ def check_card(path: Path, metadata: OnnxMetadata) -> list[Check]:
 def check_weights(proto: onnx.ModelProto, model: Model) -> Check:
     """Each tensor of the model against the initialiser of its name, bit by bit; a Linear may be stored transposed."""
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    problems = []
+    unfit, differing = [], []
     for name, tensor in stored_tensors(fold_if_needed(model), half=False).items():
         wanted = tensor.numpy()
         if name not in found:
-            problems.append(f"{name} is absent")
+            unfit.append(f"{name} is absent")
             continue
         stored = found[name].astype(wanted.dtype) if found[name].dtype == np.float16 else found[name]
         options = [w for w in (wanted, wanted.T) if w.shape == stored.shape and w.dtype == stored.dtype]
         if not options:
-            problems.append(f"{name} is {stored.dtype} {stored.shape}, wanted {wanted.dtype} {wanted.shape}")
-        elif differing := min(int((stored != option).sum()) for option in options):
-            problems.append(f"{name}: {differing} of {stored.size} values differ")
-    return finding("weights", problems)
+            unfit.append(f"{name} is {stored.dtype} {stored.shape}, wanted {wanted.dtype} {wanted.shape}")
+        elif count := min(int((stored != option).sum()) for option in options):
+            differing.append(f"{name}: {count} of {stored.size} values differ")
+    return finding("weights", unfit + differing)
