@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, fold_batch_norm
-from aum_compress.models.quantized import ZERO_POINT_MAX, QuantizedLayer, quantizable_layers, swap_in_quantized
+from aum_compress.models.quantized import (
+    ZERO_POINT_MAX,
+    QuantizedLayer,
+    quantizable_layers,
+    round_to_half_,
+    swap_in_quantized,
+)
 
 SAMPLES_A_BATCH = 50_000
 """Values of a layer's input that one batch adds to the estimate of its range."""
@@ -49,16 +55,8 @@ def quantize(
         quantized = folded.get_submodule(name)
         _set_weight(quantized, layers[name].weight.detach(), top)
         _set_input_range(quantized, *ranges[name])
-    round_to_half(folded)
+    round_to_half_(folded)
     return folded.eval()
-
-
-def round_to_half(model: nn.Module) -> None:
-    """Rounds every floating-point tensor but quantisation scales to what float16 can hold, in place."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not name.endswith(("weight_scale", "input_scale")):
-                tensor.copy_(tensor.half().float())
 
 
 def quantized_layer_names(model: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half, tidy
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
 from aum_compress.models.factory import Model, fold_batch_norm
-from aum_compress.models.quantized import stored_tensors
+from aum_compress.models.quantized import round_to_half_, stored_tensors
 
 IR_VERSION, OPSET = 10, 20
 """The newest pair that onnxruntime 1.20 and all its successors read; onnx's own defaults are refused by them."""
@@ -66,14 +66,7 @@ def round_to_half(model: Model) -> Model:
         ModelFileError: a value beyond float16's 65,504, with the tensor named.
     """
     rounded = deepcopy(fold_if_needed(model))
-    state = rounded.state_dict()
-    for name, tensor in stored_tensors(rounded, half=True).items():
-        if tensor.dtype == torch.float16:
-            if not torch.isfinite(tensor).all():
-                raise ModelFileError(
-                    f"{name}: holds values up to {state[name].abs().max():.3g}, float16 ends at 65504: use fp32"
-                )
-            state[name].copy_(tensor)
+    round_to_half_(rounded)
     return rounded
 
 
@@ -130,7 +123,7 @@ def _scan_node(
     delta_softplus: bool,
 ) -> Tensor:
     if D is None or z is None or delta_bias is not None or not delta_softplus:
-        raise NotImplementedError(
+        raise ModelFileError(
             "SelectiveScan is written for softplus, skip and gate without delta_bias, as MambaMixer calls it"
         )
     return torch.onnx.ops.symbolic(

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -109,6 +110,28 @@ class Prediction:
     def label(self) -> str:
         """Class of the highest vote."""
         return self.labels[int(self.vote.argmax())]
+
+    def lines(self, name: str) -> list[str]:
+        """For people: a line for each window, and the vote where there is more than one."""
+        rows = [
+            (f"{start:8.2f} s", self.labels[int(row.argmax())], float(row.max()))
+            for start, row in zip(self.starts_seconds, self.probabilities, strict=True)
+        ]
+        if len(rows) > 1:
+            rows.append(("      vote", self.label, float(self.vote.max())))
+        return [name, *(f"{place}  {label:<20} {share:6.1%}" for place, label, share in rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: each window and the vote, probabilities by label."""
+
+        def by_label(row: np.ndarray) -> dict[str, float]:
+            return {label: float(value) for label, value in zip(self.labels, row, strict=True)}
+
+        windows = [
+            {"start_seconds": start, "label": self.labels[int(row.argmax())], "probabilities": by_label(row)}
+            for start, row in zip(self.starts_seconds, self.probabilities, strict=True)
+        ]
+        return {"label": self.label, "vote": by_label(self.vote), "windows": windows}
 
 
 class Classifier:

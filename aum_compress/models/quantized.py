@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aum_compress.errors import ModelFileError
+
 Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d
 ZERO_POINT_MAX = 255
 
@@ -95,6 +97,22 @@ def stored_tensors(model: nn.Module, *, half: bool) -> dict[str, Tensor]:
             tensor = tensor.half()
         stored[name] = tensor.detach().cpu().contiguous()
     return stored
+
+
+def round_to_half_(model: nn.Module) -> None:
+    """Rounds every floating-point tensor but quantisation scales to what float16 can hold, in place.
+
+    Raises:
+        ModelFileError: a value beyond float16's 65,504, with the tensor named.
+    """
+    state = model.state_dict()
+    for name, tensor in stored_tensors(model, half=True).items():
+        if tensor.dtype != torch.float16:
+            continue
+        if not torch.isfinite(tensor).all():
+            largest = state[name].abs().max()
+            raise ModelFileError(f"{name}: holds values up to {largest:.3g}, float16 ends at 65504: use fp32")
+        state[name].copy_(tensor)
 
 
 def load_stored(model: nn.Module, stored: Mapping[str, Tensor]) -> list[str]:

@@ -27,5 +27,7 @@ def distillation_loss(
     """
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    divergence = F.kl_div(student, teacher, reduction=kl_reduction, log_target=True) * temperature**2
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    if kl_reduction == "mean":
+        divergence = divergence / logits.shape[1]
     return label_weight * F.cross_entropy(logits, targets) + (1 - label_weight) * divergence

@@ -47,7 +47,7 @@ def load_logits(path: Path, clip_ids: Sequence[str], checksums: Sequence[str], l
             f"{path}: not a teacher logits file ({error}); wanted an .npz with clip_ids, checksums, logits, labels"
         ) from None
     if list(known["labels"]) != list(labels):
-        raise DataError(f"{path}: logits are for labels {list(known['labels'])}, wanted {list(labels)}")
+        raise DataError(f"{path}: logits are for labels {known['labels'].tolist()}, wanted {list(labels)}")
     rows = {str(clip_id): row for row, clip_id in enumerate(known["clip_ids"])}
     problems = []
     for clip_id, checksum in zip(clip_ids, checksums, strict=True):
