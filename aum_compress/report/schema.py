@@ -1,0 +1,163 @@
+"""What `report.json` holds: the one source of all figures in every form of the report. Torch-free.
+
+Accuracies are in percent, losses in nats; a figure that was not finite is None.
+"""
+
+from typing import Any, Literal, NotRequired
+
+# typing's own TypedDict is checked by pydantic only from Python 3.12 on
+from typing_extensions import TypedDict
+
+REPORT_SCHEMA = 1
+
+
+class Scores(TypedDict):
+    """One model on the test part; `accuracy`, `by_device`, `seen` and `unseen` are means over classes."""
+
+    clips: int
+    accuracy: float
+    overall_accuracy: float
+    log_loss: float | None
+    by_class: dict[str, float]
+    by_device: NotRequired[dict[str, float]]
+    seen: NotRequired[float]
+    unseen: NotRequired[float]
+
+
+class RoadStep(TypedDict):
+    """One model on the way from teacher to shipped file. `macs` is for one second of audio."""
+
+    stage: str
+    title: str
+    measured_with: str
+    """torch or onnxruntime"""
+    file: str | None
+    file_bytes: int | None
+    precision: str
+    params: int
+    param_bytes: int
+    macs: int
+    within_budget: bool
+    validation_accuracy: float | None
+    test: Scores
+
+
+class DataSummary(TypedDict):
+    """Clips of each part; devices are empty where recordings name none."""
+
+    kind: str
+    labels: list[str]
+    clip_seconds: float
+    train: int
+    validation: int
+    test: int
+    seen_devices: list[str]
+    unseen_devices: list[str]
+
+
+class Input(TypedDict):
+    """`InputSpec.model_dump()`"""
+
+    front_end: dict[str, Any]
+    clip_seconds: float
+    mean: float
+    std: float
+
+
+class Limits(TypedDict):
+    max_param_bytes: int
+    max_macs: int
+
+
+class Layer(TypedDict):
+    """`macs` and `elementwise` are for one clip."""
+
+    name: str
+    kind: str
+    params: int
+    param_bytes: int
+    macs: int
+    elementwise: dict[str, int]
+
+
+class Budget(TypedDict):
+    """`BudgetReport.to_dict()`"""
+
+    verdict: Literal["within", "over"]
+    param_bytes: int
+    params: int
+    macs: int
+    macs_per_clip: int
+    clip_seconds: float
+    witnesses: list[str]
+    elementwise: dict[str, int]
+    dcase_bytes: int | None
+    dcase_macs: int | None
+    front_end_macs: int | None
+    limits: Limits
+    notes: list[str]
+    layers: list[Layer]
+
+
+class FileCheck(TypedDict):
+    """One check of a file; figures are None where nothing was compared by value."""
+
+    name: str
+    passed: bool
+    reason: str
+    optimised: bool | None
+    n_inputs: int | None
+    max_abs_error: float | None
+    sqnr_db: float | None
+    agreement: float | None
+
+
+class Verified(TypedDict):
+    """`Verification.to_dict()`"""
+
+    file: str
+    precision: str
+    reference: str
+    passed: bool
+    max_abs_error: float | None
+    checks: list[FileCheck]
+    warnings: list[str]
+
+
+class Epoch(TypedDict):
+    epoch: int
+    train_loss: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+
+
+class Widths(TypedDict):
+    """d_inner of every block around one pruning step."""
+
+    before: list[int]
+    after: list[int]
+
+
+class Report(TypedDict):
+    """One run of a recipe, to its end or up to some stage."""
+
+    schema_version: int
+    recipe: str
+    created: str
+    seed: int
+    versions: dict[str, str]
+    data: DataSummary
+    input: Input
+    road: list[RoadStep]
+    """In the order in which the models were made."""
+    budget: Budget | None
+    """Of the model named in `gated`; None where no model was made."""
+    gated: str | None
+    """The file that ships; the newest bundle's folder where nothing was exported."""
+    verification: dict[str, Verified]
+    """By file name; empty where nothing was verified."""
+    training: dict[str, list[Epoch]]
+    """By training run."""
+    pruning: list[Widths] | None
+    next: str
+    """The command to try now; empty where there is none."""
