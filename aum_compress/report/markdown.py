@@ -1,0 +1,53 @@
+"""The report as Markdown (GitHub's flavour). Torch-free."""
+
+import re
+
+from aum_compress.report.content import Cell, Table
+from aum_compress.report.schema import Report
+from aum_compress.report.sections import sections
+from aum_compress.report.verdict import verdict
+
+# an underscore within a word is no markup and would only be harder to read
+_SPECIAL = re.compile(r"[\\`*<>\[\]|~#&]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def render_markdown(report: Report) -> str:
+    """One document with every figure of `render_html`, tables in place of charts."""
+    found = verdict(report)
+    lines = [
+        f"# {_escaped(report['recipe'])}: {_escaped(found.headline.lower())}",
+        "",
+        *(f"- {_escaped(fact)}" for fact in found.facts),
+    ]
+    if report["next"]:
+        # an indented block takes any command as it is
+        lines += ["", "Next:", "", f"    {' '.join(report['next'].split())}"]
+    for section in sections(report):
+        lines += ["", f"## {section.title}"]
+        for paragraph in section.paragraphs:
+            lines += ["", _escaped(paragraph)]
+        for table in section.tables:
+            lines += ["", f"**{_escaped(table.title)}**", "", *_table(table)]
+    return "\n".join([*lines, ""])
+
+
+def _table(table: Table) -> list[str]:
+    return [
+        _row([_escaped(column.title) for column in table.columns]),
+        _row(["---:" if column.right else "---" for column in table.columns]),
+        *(_row([_cell(cell) for cell in row]) for row in table.rows),
+    ]
+
+
+def _cell(cell: Cell) -> str:
+    mark = "" if cell.good is None or cell.fraction is not None else "✓ " if cell.good else "✗ "
+    return mark + _escaped(cell.text)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """One line that shows `text` and nothing else."""
+    return _SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))

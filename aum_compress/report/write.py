@@ -1,0 +1,67 @@
+"""A report in its three forms, and read again. Torch-free."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from aum_compress.errors import BundleError, join_problems
+from aum_compress.report.html import render_html
+from aum_compress.report.markdown import render_markdown
+from aum_compress.report.schema import REPORT_SCHEMA, Report
+
+_JSON = "report.json"
+
+
+def report_files(report: Report) -> dict[str, bytes]:
+    """`report.json`, `report.md` and `report.html`, to be written into a bundle.
+
+    A figure that is not finite becomes null, because JSON has no other word for it, and a dash in the other two.
+    """
+    report = _finite(report)
+    return {
+        _JSON: (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        "report.md": render_markdown(report).encode(),
+        "report.html": render_html(report).encode(),
+    }
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a finished run.
+
+    Args:
+        folder: exports/<name> or runs/<recipe>.
+
+    Raises:
+        BundleError: there is none, or it is not a whole report of this schema.
+    """
+    path = folder / _JSON
+    again = "run the recipe again to write it anew"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read: {error.strerror or error}; wanted a folder that a run has written its report to, "
+            "such as exports/quickstart"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: is no JSON ({error}): cut short or altered; {again}") from None
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != REPORT_SCHEMA:
+        raise BundleError(f"{path}: schema_version is {found}, wanted {REPORT_SCHEMA}; {again}")
+    try:
+        TypeAdapter(Report).validate_python(content)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise BundleError(join_problems(f"{path}: is not a whole report; {again}:", problems)) from None
+    return content
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
