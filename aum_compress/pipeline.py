@@ -15,7 +15,7 @@ from aum_compress.errors import AumError
 from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
 from aum_compress.recipe_schema import Recipe
 from aum_compress.report.write import report_files
-from aum_compress.stages import distill, find_teachers, prune, quantise, train_on_labels
+from aum_compress.stages import distill, find_teachers, prune, quantise, resolve, train_on_labels
 from aum_compress.workspace import Workspace
 
 STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
@@ -55,6 +55,9 @@ def _run(space: Workspace, until: str) -> Outcome:
     wanted = STAGES[: STAGES.index(until) + 1]
     bundles: dict[str, Bundle] = {}
     log(f"data: {_data_line(space)}")
+    for section in (recipe.reference, recipe.teacher, recipe.student):
+        if section is not None:
+            resolve(space, section)  # a model that does not fit is said before hours of training, not after
 
     for name in ("reference", "teacher", "student"):
         section = getattr(recipe, name)

@@ -20,7 +20,7 @@ from aum_compress.models.config import (
     PatchStem,
     uniform_blocks,
 )
-from aum_compress.models.presets import PRESETS
+from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -106,9 +106,10 @@ class ModelSection(Section):
             RecipeError: the stem leaves no token of such features.
         """
         try:
-            base = PRESETS[self.preset](n_mels, n_frames, n_classes)
-            if isinstance(base, CPMobileConfig):
-                return base
+            if self.preset == "cp-mobile":
+                return CPMobileConfig(n_mels=n_mels, n_frames=n_frames, n_classes=n_classes)
+            # the preset's own stem may not fit these features, and another one be given
+            base = PRESETS[self.preset](PRESET_MELS, PRESET_FRAMES, n_classes)
             first: BlockConfig = base.blocks[0]
             d_model = self.d_model or base.d_model
             blocks = uniform_blocks(
@@ -119,7 +120,7 @@ class ModelSection(Section):
                 dt_rank=self.dt_rank,
                 directions=self.directions or first.directions,
             )
-            changes = {"d_model": d_model, "blocks": blocks}
+            changes = {"n_mels": n_mels, "n_frames": n_frames, "d_model": d_model, "blocks": blocks}
             for key in ("stem", "pool", "position"):
                 if (value := getattr(self, key)) is not None:
                     changes[key] = value

@@ -16,6 +16,7 @@ from aum_compress.compress.quantize import quantize, signal_to_noise_db
 from aum_compress.console import progress
 from aum_compress.data.cache import CachedParts, cache_index
 from aum_compress.errors import BundleError
+from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model
 from aum_compress.recipe_schema import ModelSection, TrainConfig
 from aum_compress.train.fit import FitResult, fit
@@ -162,10 +163,19 @@ def _parts_for(space: Workspace, teacher: Bundle) -> CachedParts:
     return cache_index(space.parts.index, teacher.card.input.front_end)
 
 
+def resolve(space: Workspace, section: ModelSection) -> AudioMambaConfig | CPMobileConfig:
+    """The section's model for the data at hand.
+
+    Raises:
+        RecipeError: a stem that does not fit the features.
+    """
+    _, n_mels, n_frames = space.spec.feature_shape
+    return section.resolve(n_mels, n_frames, len(space.labels))
+
+
 def _fresh(space: Workspace, section: ModelSection) -> Model:
     L.seed_everything(space.recipe.seed, verbose=False)
-    _, n_mels, n_frames = space.spec.feature_shape
-    return build_model(section.resolve(n_mels, n_frames, len(space.labels)))
+    return build_model(resolve(space, section))
 
 
 def _fit(

@@ -37,8 +37,6 @@ DEVICES: dict[str, Device] = {
     "s5": Device(7, 5.0, (140.0, 8_000.0), 1.9, -66.0),
     "s6": Device(8, 5.5, (220.0, 7_000.0), 1.8, -63.0),
 }
-TRAINING_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
-"""The others are for the test part alone, as in TAU."""
 
 _BLOCK_SAMPLES = 441
 _COMPRESSOR_ANCHOR = 0.03

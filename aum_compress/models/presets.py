@@ -50,6 +50,9 @@ def student(n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig:
     )
 
 
+PRESET_MELS, PRESET_FRAMES = 256, 65
+"""Features of one second through the DCASE front-end, which every preset takes."""
+
 PRESETS: dict[str, Callable[[int, int, int], AudioMambaConfig | CPMobileConfig]] = {
     "aum-tiny": lambda n_mels, n_frames, n_classes: aum(192, 24, n_mels, n_frames, n_classes),
     "aum-small": lambda n_mels, n_frames, n_classes: aum(384, 24, n_mels, n_frames, n_classes),

@@ -1,0 +1,151 @@
+import json
+
+import pytest
+from tiny import LABELS, SPEC, features, student_config, trained_like
+
+from aum_compress.bundle import (
+    BundleCard,
+    find_bundle,
+    json_sha256,
+    model_files,
+    now,
+    read_bundle,
+    tool_versions,
+    write_bundle,
+)
+from aum_compress.compress.quantize import quantize, quantized_layer_names
+from aum_compress.errors import BundleError
+
+
+def card(model, **changes):
+    values = {
+        "kind": "model",
+        "stage": "distill",
+        "recipe": "tiny",
+        "inputs_sha256": "abc",
+        "model": model.config,
+        "input": SPEC,
+        "labels": LABELS,
+        "precision": "int8" if quantized_layer_names(model) else "fp32",
+        "quantized_layers": quantized_layer_names(model),
+        "seed": 0,
+        "versions": tool_versions(),
+        "created": now(),
+    }
+    return BundleCard.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained_like(student_config())
+
+
+@pytest.fixture
+def bundle(model, tmp_path):
+    return write_bundle(tmp_path / "04-distill", card(model), model_files(model, features(2).numpy()))
+
+
+def test_model_comes_back_bit_for_bit(bundle, model):
+    loaded = read_bundle(bundle.path).load_model()
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert (loaded(features()) == model(features())).all()
+
+
+def test_int8_model_comes_back(model, tmp_path):
+    quantized = quantize(model, [features(8)])
+    files = model_files(quantized, features(2).numpy(), half=True)
+    bundle = write_bundle(tmp_path / "q", card(quantized), files)
+    assert (bundle.load_model()(features()) == quantized(features())).all()
+    assert str(bundle.tensors()["head.weight"].dtype) == "torch.int8"
+    assert str(bundle.tensors()["norm_f.weight"].dtype) == "torch.float16"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "golden.npz"])
+def test_one_altered_byte_is_refused_with_the_file_named(bundle, name):
+    content = bytearray((bundle.path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle.path / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name}: altered or cut short"):
+        read_bundle(bundle.path)
+
+
+def test_cut_and_absent_files_are_named_together(bundle):
+    tensors = bundle.path / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    (bundle.path / "golden.npz").unlink()
+    with pytest.raises(BundleError, match=r"(?s)model.safetensors: altered.*golden.npz: absent"):
+        read_bundle(bundle.path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: text.replace('"seed": 0', '"sead": 0')]
+)
+def test_damaged_card_is_refused(bundle, damage):
+    path = bundle.path / "bundle.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(BundleError, match=r"bundle.json: cannot be read as a bundle card"):
+        read_bundle(bundle.path)
+
+
+def test_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match="no such folder"):
+        read_bundle(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"no bundle.json in it"):
+        read_bundle(tmp_path)
+
+
+def test_golden_logits_are_checked_at_read_time(model, tmp_path):
+    files = model_files(model, features(2).numpy())
+    other = model_files(trained_like(student_config(), seed=5), features(2).numpy())
+    bundle = write_bundle(tmp_path / "b", card(model), files | {"golden.npz": other["golden.npz"]})
+    with pytest.raises(BundleError, match="golden logits differ by"):
+        bundle.load_model()
+
+
+def test_tensors_of_another_model_are_refused(model, tmp_path):
+    other = trained_like(student_config(widths=(24, 40)))
+    bundle = write_bundle(tmp_path / "b", card(model), model_files(other, features(2).numpy()))
+    with pytest.raises(
+        BundleError, match=r"(?s)tensors do not fit.*layers.1.mixer.A_b_log: shape \(40, 4\), wanted \(32, 4\)"
+    ):
+        bundle.load_model()
+
+
+def test_find_bundle_knows_its_inputs(bundle):
+    assert find_bundle(bundle.path, "abc") is not None
+    assert find_bundle(bundle.path, "other") is None
+    assert find_bundle(bundle.path.parent / "none", "abc") is None
+
+
+def test_failed_write_leaves_the_old_bundle(bundle, model, monkeypatch):
+    before = bundle.sha256
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aum_compress.bundle.replace_folder", full)
+    with pytest.raises(BundleError, match="cannot be written: No space left on device"):
+        write_bundle(bundle.path, card(model, inputs_sha256="new"), model_files(model, features(2).numpy()))
+    assert read_bundle(bundle.path).sha256 == before
+    assert [p.name for p in bundle.path.parent.iterdir()] == [bundle.path.name]
+
+
+def test_writing_again_replaces_the_whole_folder(bundle, model):
+    write_bundle(
+        bundle.path, card(model, inputs_sha256="new"), {"extra.txt": b"x", **model_files(model, features(1).numpy())}
+    )
+    again = read_bundle(bundle.path)
+    assert again.card.inputs_sha256 == "new"
+    assert set(again.card.files) == {"extra.txt", "model.safetensors", "golden.npz"}
+    assert len(list(bundle.path.parent.iterdir())) == 1
+
+
+def test_missing_tensors_are_said_so(bundle, tmp_path):
+    onnx = write_bundle(tmp_path / "o", bundle.card.model_copy(update={"kind": "onnx"}), {"model-fp32.onnx": b""})
+    with pytest.raises(BundleError, match=r"has no model.safetensors \(kind onnx"):
+        onnx.tensors()
+
+
+def test_hash_of_json_does_not_depend_on_key_order():
+    assert json_sha256({"a": 1, "b": [2]}) == json_sha256(json.loads('{"b": [2], "a": 1}'))
