@@ -97,7 +97,7 @@ def fit(
         raise AumError(f"{description}: no epoch gave a finite validation accuracy. Lower learning_rate")
     weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
-    model.cpu().eval()
+    model.cpu().to(memory_format=torch.contiguous_format).eval()
     score = 100 * float(best.best_model_score)
     rows = history.rows
     best_epoch = next((row["epoch"] for row in rows if math.isclose(row["val_accuracy"], score, abs_tol=1e-4)), 0)

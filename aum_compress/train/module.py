@@ -37,7 +37,8 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """Args: teacher_logits (n,C), row `index` of each batch; responses: for waveforms only."""
         super().__init__()
-        self.model = model
+        # convolutions on the CPU run a fifth faster with channels last; `fit` gives the model back as it came
+        self.model = model.to(memory_format=torch.channels_last)
         self.spec = spec
         self.config = config
         self.n_classes = n_classes
