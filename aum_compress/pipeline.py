@@ -14,12 +14,12 @@ from aum_compress.console import log
 from aum_compress.errors import AumError
 from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
 from aum_compress.recipe_schema import Recipe
+from aum_compress.report.schema import REPORT_SCHEMA
 from aum_compress.report.write import report_files
 from aum_compress.stages import distill, find_teachers, prune, quantise, resolve, train_on_labels
 from aum_compress.workspace import Workspace
 
 STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
-REPORT_SCHEMA = 1
 
 
 @dataclass

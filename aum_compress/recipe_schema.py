@@ -94,7 +94,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _cp_mobile_is_fixed(self) -> "ModelSection":
-        changed = sorted(self.model_fields_set & set(ModelSection.model_fields) - {"preset"})
+        changed = [key for key in ModelSection.model_fields if key != "preset" and getattr(self, key) is not None]
         if self.preset == "cp-mobile" and changed:
             raise ValueError(f"cp-mobile is the reference network as published: {', '.join(changed)} cannot be changed")
         return self

@@ -84,6 +84,18 @@ def metric_lines(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
+def data_lines(summary: dict[str, Any]) -> list[str]:
+    """What `data.check` found: counts first, then usable files by class, device and rate, and rejected ones by reason."""
+    counts = [(key, f"{summary[key]:,}") for key in ("files", "usable", "rejected", "usable_hours")]
+    lines = _aligned([(key.replace("_", " "), value) for key, value in counts], (False, True))
+    for key in ("by_reason", "by_class", "by_device", "by_sample_rate_hz"):
+        if summary[key]:
+            what = key.removeprefix("by_").replace("_", " ")
+            rows = [(name, f"{count:,}") for name, count in summary[key].items()]
+            lines += ["", f"by {what}", *(_GAP + line for line in _aligned(rows, (False, True)))]
+    return lines
+
+
 def _road(report: Report) -> list[tuple[Cell, ...]]:
     return [
         (

@@ -4,6 +4,7 @@ File format (`.npz`): `clip_ids` (n,) and `checksums` (n,) text, `logits` (n,C) 
 """
 
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def load_logits(path: Path, clip_ids: Sequence[str], checksums: Sequence[str], l
     try:
         with np.load(path, allow_pickle=False) as stored:
             known = {key: stored[key] for key in ("clip_ids", "checksums", "logits", "labels")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: not a teacher logits file ({error}); wanted an .npz with clip_ids, checksums, logits, labels"
         ) from None
