@@ -168,17 +168,42 @@ def find_bundle(path: Path, inputs_sha256: str) -> Bundle | None:
     return bundle if bundle.card.inputs_sha256 == inputs_sha256 else None
 
 
+def run_of_bundle(bundle: Path) -> tuple[Path, Path]:
+    """The resolved recipe of a run, and the folder below which it is at work, from one of its bundles.
+
+    Raises:
+        BundleError: a bundle that lies in neither runs/<recipe>/ nor exports/.
+    """
+    place = bundle.resolve()
+    above = {"runs": place.parent.parent, "exports": place.parent}
+    for name, folder in above.items():
+        if folder.name == name and (place / RECIPE).is_file():
+            return place / RECIPE, folder.parent
+    raise BundleError(
+        f"{bundle}: is no bundle of a run: wanted runs/<recipe>/<stage> or exports/<name>, with {RECIPE} in it; "
+        "name the recipe instead, with --out"
+    )
+
+
 def write_bundle(path: Path, card: BundleCard, files: Mapping[str, bytes | Path]) -> Bundle:
     """Writes `files` (content, or a file to copy) and the card beside `path`, then renames the folder into place.
 
     A bundle that stood at `path` is replaced as a whole. `card.files` is filled in here.
 
     Raises:
-        BundleError: the disk is full or not writable; nothing is left at `path` that was not there before.
+        BundleError: something other than a bundle stands at `path`, or the disk is full or not writable; nothing is
+            left at `path` that was not there before.
     """
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    place = path.resolve()  # `.` and `..` have no name of their own
+    if place.exists() and not (place / CARD).is_file() and not (place.is_dir() and not any(place.iterdir())):
+        raise BundleError(
+            f"{path}: holds something other than a bundle, which would be lost; wanted a new or empty folder, or a "
+            "bundle to replace. Name another folder, or move away what is there"
+        )
+    beside = place.with_name(f".{place.name}.writing-{os.getpid()}")
     try:
+        for leftover in _leftovers(place):
+            shutil.rmtree(leftover)
         beside.mkdir(parents=True)
         for name, content in files.items():
             target = beside / name
@@ -188,7 +213,7 @@ def write_bundle(path: Path, card: BundleCard, files: Mapping[str, bytes | Path]
                 target.write_bytes(content)
         card = card.model_copy(update={"files": {name: file_sha256(beside / name) for name in files}})
         (beside / CARD).write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        replace_folder(beside, path)
+        replace_folder(beside, place)
     except OSError as error:
         raise BundleError(
             f"{path}: cannot be written: {error.strerror or error}. Free space or choose another --out"
@@ -198,6 +223,14 @@ def write_bundle(path: Path, card: BundleCard, files: Mapping[str, bytes | Path]
     return read_bundle(path)
 
 
+def _leftovers(path: Path) -> list[Path]:
+    """What writers of `path` that were killed have left beside it."""
+    prefixes = (f".{path.name}.writing-", f".{path.name}.replaced-")
+    if not path.parent.is_dir():
+        return []
+    return [entry for entry in path.parent.iterdir() if entry.name.startswith(prefixes)]
+
+
 def replace_folder(source: Path, target: Path) -> None:
     """Renames `source` to `target`; a folder that stood there goes away only once the new one is in place."""
     old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
@@ -205,7 +238,7 @@ def replace_folder(source: Path, target: Path) -> None:
         os.replace(target, old)
     try:
         os.replace(source, target)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if old.exists():
             os.replace(old, target)
         raise
