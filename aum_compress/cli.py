@@ -3,6 +3,7 @@
 Heavy packages are imported inside the verbs, so that `--help` answers at once.
 """
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -17,8 +18,8 @@ from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, print_
 from aum_compress.console import log, out, say
 from aum_compress.errors import AumError
 
-INTERRUPTED = 130
-"""Exit code of Ctrl-C, as shells have it."""
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes of Ctrl-C and of a reader that has gone, as shells have them: a gate may not have been reached."""
 
 
 class _Guard(TyperGroup):
@@ -26,7 +27,9 @@ class _Guard(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except AumError as error:
             log(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
@@ -34,10 +37,11 @@ class _Guard(TyperGroup):
             log("interrupted. Finished stages are kept; the same command goes on from there")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            sys.stderr.close()  # the reader has gone: nothing is left to say
-            raise typer.Exit(0) from None
+            # the reader has gone; what is still buffered for it must not fail once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
-            log(f"error: {error.filename or 'file'}: {error.strerror or error}. Free space or mend its permissions")
+            log(f"error: {error.filename or 'output'}: {error.strerror or error}. Free space or mend its permissions")
             raise typer.Exit(AumError.exit_code) from None
 
 
@@ -83,12 +87,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def run(
     recipe: RecipeArgument,
     settings: Settings = None,
-    until: Annotated[StageName, typer.Option(help="Last stage to run.")] = StageName.verify,
-    out_dir: Out = Path(),
+    until: Annotated[StageName | None, typer.Option(help="Last stage to run; all of them when left out.")] = None,
+    out_dir: Out = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: from audio to verified ONNX files. Finished stages are kept and skipped the next time."""
-    _run(recipe, settings, until.value, out_dir, as_json)
+    _run(recipe, settings, until and until.value, out_dir, as_json)
 
 
 def _stage_verb(stages: str, until: str) -> Any:
@@ -99,7 +103,7 @@ def _stage_verb(stages: str, until: str) -> Any:
             str, typer.Argument(metavar="RECIPE|BUNDLE", help="Recipe, or a bundle of its run.")
         ],
         settings: Settings = None,
-        out_dir: Out = Path(),
+        out_dir: Out = None,
         as_json: Json = False,
     ) -> None:
         _run(recipe_or_bundle, settings, until, out_dir, as_json)
@@ -114,21 +118,22 @@ app.command("prune")(_stage_verb("the pruned student", "prune"))
 app.command("quantize")(_stage_verb("the quantised student", "quantize"))
 
 
-def _run(recipe_or_bundle: str, settings: list[str] | None, until: str, out_dir: Path, as_json: bool) -> None:
-    from aum_compress.bundle import CARD, RECIPE
+def _run(
+    recipe_or_bundle: str, settings: list[str] | None, until: str | None, out_dir: Path | None, as_json: bool
+) -> None:
+    from aum_compress.bundle import CARD, run_of_bundle
     from aum_compress.recipe import find_recipe, load_recipe
 
-    bundle = Path(recipe_or_bundle)
-    if (bundle / CARD).is_file():
-        path, out_dir = bundle / RECIPE, bundle.resolve().parents[2]
+    if (Path(recipe_or_bundle) / CARD).is_file():
+        path, run_dir = run_of_bundle(Path(recipe_or_bundle))
     else:
-        path = find_recipe(recipe_or_bundle)
+        path, run_dir = find_recipe(recipe_or_bundle), Path()
     loaded = load_recipe(path, settings or [])
 
     from aum_compress.pipeline import run as run_recipe
     from aum_compress.report.tables import print_report
 
-    outcome = run_recipe(loaded, out_dir, until)
+    outcome = run_recipe(loaded, out_dir or run_dir, until)
     if as_json:
         print_json(outcome.report)
     else:

@@ -10,7 +10,10 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe value; repeatable.")
 ]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that gets runs/ and exports/.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Folder that gets runs/ and exports/: here, or where a bundle's run is."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -33,7 +33,7 @@ def log(message: str) -> None:
 
 def say(message: str = "") -> None:
     """One line to stdout, without markup."""
-    out.print(message, markup=False)
+    print(message)  # rich would turn a reader that has gone into an exit code of its own
 
 
 @contextmanager
