@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from aum_compress.budget.records import enforce
 from aum_compress.bundle import Bundle, now, tool_versions
 from aum_compress.console import log
-from aum_compress.errors import AumError
+from aum_compress.errors import AumError, RecipeError
 from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
 from aum_compress.recipe_schema import Recipe
 from aum_compress.report.schema import REPORT_SCHEMA
@@ -32,22 +32,30 @@ class Outcome:
     bundles: dict[str, Bundle] = field(default_factory=dict)
 
 
-def run(recipe: Recipe, out: Path, until: str = STAGES[-1]) -> Outcome:
-    """Runs the stages of `recipe` up to `until`, below `out`.
+def run(recipe: Recipe, out: Path, until: str | None = None) -> Outcome:
+    """Runs the stages of `recipe` up to `until` (one of `STAGES`; all when left out), below `out`.
 
     Raises:
         AumError: whatever went wrong, with its exit code: 2 data or recipe, 3 over budget, 4 verification. Stages that
             were finished stay, and the next run goes on behind them.
     """
+    # up to `student` it is whichever models the recipe has
+    if until in STAGES[STAGES.index("distill") :] and getattr(recipe, until) is None:
+        raise RecipeError(f"{recipe.name}: has no section {until}, so that stage cannot be run; add the section")
     space = Workspace(recipe, out)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     space.runs.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(space.runs / ".lock", timeout=0):
-            return _run(space, until)
+            return _run(space, until or STAGES[-1])
     except Timeout:
         raise AumError(f"{space.runs}: another run of this recipe is at work there; wait for it or use --out") from None
+    except OSError as error:
+        raise AumError(
+            f"{error.filename or space.runs}: {error.strerror or error}. Free space or mend its permissions and run "
+            "again: finished stages are kept"
+        ) from None
 
 
 def _run(space: Workspace, until: str) -> Outcome:
@@ -90,6 +98,7 @@ def _run(space: Workspace, until: str) -> Outcome:
         report = build_report(space, bundles, shipped)
         publish(space, exported, report, report_files(report))
         log(f"wrote {space.exports}")
+    _write_report(space, report)  # over the one of an earlier run that stopped before
     return Outcome(report, space.exports, bundles)
 
 
@@ -101,9 +110,13 @@ def _check_budget(space: Workspace, newest: Bundle) -> None:
 
 def _report_without_export(space: Workspace, bundles: dict[str, Bundle]) -> Outcome:
     report = build_report(space, bundles, [])
+    _write_report(space, report)
+    return Outcome(report, space.runs, bundles)
+
+
+def _write_report(space: Workspace, report: dict[str, Any]) -> None:
     for name, content in report_files(report).items():
         (space.runs / name).write_bytes(content)
-    return Outcome(report, space.runs, bundles)
 
 
 def build_report(space: Workspace, bundles: dict[str, Bundle], shipped: list[ShippedFile]) -> dict[str, Any]:
