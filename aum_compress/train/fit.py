@@ -109,6 +109,11 @@ def _run(trainer: L.Trainer, module: TrainingModule, data: ClipsDataModule, chec
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
+    except OSError as error:
+        raise AumError(
+            f"{error.filename or trainer.default_root_dir}: training cannot go on: {error.strerror or error}. "
+            "Free space and run again: it goes on after the last whole epoch"
+        ) from None
     except RuntimeError as error:
         if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
             raise AumError(
