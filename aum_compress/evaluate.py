@@ -14,7 +14,7 @@ from aum_compress.data.check import check_data
 from aum_compress.data.clips import Clip
 from aum_compress.data.folders import windows
 from aum_compress.data.index import load_index
-from aum_compress.errors import DataError, join_problems
+from aum_compress.errors import DataError, RecipeError, join_problems
 from aum_compress.export.runtime import Classifier
 from aum_compress.recipe import find_recipe, load_recipe
 from aum_compress.train.metrics import classification_metrics
@@ -102,7 +102,11 @@ def _clips(data: str, settings: list[str], spec: InputSpec) -> tuple[tuple[Clip,
     """The clips to measure on, and the devices that the recipe's training part has (none for a folder)."""
     root = Path(data).expanduser()
     if not root.is_dir():
-        recipe = load_recipe(find_recipe(data), settings)
+        try:
+            path = find_recipe(data)
+        except RecipeError as error:
+            raise DataError(f"--data: no folder of audio there, and {error}") from None
+        recipe = load_recipe(path, settings)
         with progress("evaluate: data") as reporter:
             index = load_index(recipe.data, recipe.seed, reporter.advance)
         return index.test, index.seen_devices

@@ -21,8 +21,9 @@ def classification_metrics(
         seen_devices: those of the training part; the others are `unseen`.
 
     Returns:
-        clips, accuracy (macro: mean over the classes present), overall_accuracy, log_loss (nats), by_class, and where
-        clips have devices: by_device, seen, unseen (macro each; unseen only where there are any).
+        clips, accuracy (macro: mean over the classes present), overall_accuracy, log_loss (nats), by_class; where clips
+        have devices by_device, and where those of the training part are known seen and unseen (macro each; only where
+        there are such clips).
     """
     correct = logits.argmax(1) == targets
     shifted = logits - logits.max(1, keepdims=True)
@@ -45,7 +46,7 @@ def classification_metrics(
         }
         seen = np.isin(names, sorted(seen_devices))
         for key, chosen in (("seen", seen), ("unseen", ~seen)):
-            if chosen.any():
+            if seen_devices and chosen.any():
                 figures[key] = macro_accuracy(correct[chosen], targets[chosen])
     return figures
 
