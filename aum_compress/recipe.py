@@ -65,7 +65,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: wanted sections (data:, student:, ...), found {type(raw).__name__}")
     for setting in settings:
         _apply_setting(raw, setting)
-    raw.setdefault("name", path.stem)
+    raw["name"] = raw.get("name") or path.stem
     return validate_recipe(raw, str(path))
 
 

@@ -7,7 +7,7 @@ resolved recipe which a bundle carries says all that was done.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aum_compress.audio.config import FrontEndConfig
 from aum_compress.data.config import DataConfig
@@ -26,6 +26,15 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _one_folder(name: str) -> str:
+    if name.startswith(".") or "/" in name or "\\" in name:
+        raise ValueError(f"{name!r} is to name a folder, so it cannot begin with a dot or hold a slash")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_folder)]
 
 
 class Section(BaseModel):
@@ -196,7 +205,7 @@ class BudgetSection(Section):
 class ExportSection(Section):
     precisions: Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], Field(min_length=1)] = ("fp32", "fp16", "int8")
     dynamic_batch: bool = False
-    name: str | None = None
+    name: FolderName | None = None
     """Folder below exports/; the recipe's name when left out."""
 
 
@@ -208,7 +217,7 @@ class VerifySection(Section):
 class Recipe(Section):
     """The whole file."""
 
-    name: str = ""
+    name: FolderName = ""
     """Taken from the file's name when left out."""
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Positive | None = None
