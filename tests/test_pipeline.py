@@ -5,72 +5,33 @@ import shutil
 
 import onnxruntime
 import pytest
-from audio_trees import SECONDS, write_tau_tree
+from tiny_recipe import TRAIN, finished_run, raw_recipe, recipe
 
 from aum_compress.bundle import read_bundle
 from aum_compress.errors import AumError, BudgetExceeded, BundleError, DataError, VerificationFailed
 from aum_compress.export.runtime import read_metadata, run_session
 from aum_compress.pipeline import run
-from aum_compress.recipe import validate_recipe
-
-STEM = {
-    "kind": "conv",
-    "stages": [{"channels": 8, "expansion": 0, "stride_frames": 2}, {"channels": 8}],
-}
-TRAIN = {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}
-
-
-def raw_recipe(root, **changes):
-    raw = {
-        "name": "tiny",
-        "data": {"kind": "tau", "root": str(root), "clip_seconds": SECONDS, "validation_fraction": 0.3},
-        "features": {"sample_rate_hz": 16_000, "n_fft": 512, "window_samples": 400, "hop_samples": 160, "n_mels": 16},
-        "reference": {"preset": "cp-mobile", "train": TRAIN},
-        "teacher": {
-            "preset": "aum-tiny",
-            "d_model": 16,
-            "depth": 1,
-            "stem": {"kind": "patch", "patch_mels": 8, "patch_frames": 4, "stride_mels": 8, "stride_frames": 4},
-            "train": TRAIN,
-        },
-        "student": {"d_model": 8, "depth": 2, "d_inner": 16, "d_state": 4, "stem": STEM},
-        "distill": {"teachers": ["teacher", "reference"], "train": TRAIN},
-        "prune": {"ratio": 0.4, "steps": 2, "round_to": 2, "finetune": TRAIN},
-        "quantize": {"calibration_clips": 16},
-        "budget": {},
-        "export": {},
-        "verify": {"clips": 4},
-    }
-    return raw | changes
-
-
-def recipe(root, **changes):
-    return validate_recipe(raw_recipe(root, **changes), "test")
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return write_tau_tree(tmp_path_factory.mktemp("tau") / "tree")
+def finished_once(tmp_path_factory):
+    return finished_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def tree(finished_once):
+    return finished_once.tree
 
 
 @pytest.fixture(autouse=True)
-def _cache_folder(cache, monkeypatch):
-    monkeypatch.setenv("AUM_CACHE", str(cache))
+def _cache_folder(finished_once, monkeypatch):
+    monkeypatch.setenv("AUM_CACHE", str(finished_once.cache))
 
 
 @pytest.fixture(scope="module")
-def finished(tree, cache, tmp_path_factory):
+def finished(finished_once):
     """A run that nobody may change; tests that want to take a copy."""
-    out = tmp_path_factory.mktemp("out")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUM_CACHE", str(cache))
-        outcome = run(recipe(tree), out)
-    return out, outcome
+    return finished_once.out, finished_once.outcome
 
 
 @pytest.fixture
@@ -107,7 +68,7 @@ def test_the_road_ends_with_three_files_and_a_report(finished):
 
 def test_shipped_file_is_measured_as_it_is(finished):
     """The report's int8 accuracy is that of the file, and torch's simulation agrees with it."""
-    out, outcome = finished
+    _, outcome = finished
     rows = {row["stage"]: row for row in outcome.report["road"]}
     assert rows["int8"]["test"]["clips"] == rows["quantize"]["test"]["clips"] == 18
     assert rows["int8"]["test"]["log_loss"] == pytest.approx(rows["quantize"]["test"]["log_loss"], abs=0.05)

@@ -1,0 +1,74 @@
+"""A recipe whose stages are all real and small, a data set for it, and one finished run of both a test session."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from audio_trees import SECONDS, write_tau_tree
+
+from aum_compress.pipeline import Outcome, run
+from aum_compress.recipe import validate_recipe
+from aum_compress.recipe_schema import Recipe
+
+STEM = {
+    "kind": "conv",
+    "stages": [{"channels": 8, "expansion": 0, "stride_frames": 2}, {"channels": 8}],
+}
+TRAIN = {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}
+
+
+def raw_recipe(root: Path, **changes) -> dict:
+    """The recipe as YAML would give it, on the TAU tree at `root`."""
+    raw = {
+        "name": "tiny",
+        "data": {"kind": "tau", "root": str(root), "clip_seconds": SECONDS, "validation_fraction": 0.3},
+        "features": {"sample_rate_hz": 16_000, "n_fft": 512, "window_samples": 400, "hop_samples": 160, "n_mels": 16},
+        "reference": {"preset": "cp-mobile", "train": TRAIN},
+        "teacher": {
+            "preset": "aum-tiny",
+            "d_model": 16,
+            "depth": 1,
+            "stem": {"kind": "patch", "patch_mels": 8, "patch_frames": 4, "stride_mels": 8, "stride_frames": 4},
+            "train": TRAIN,
+        },
+        "student": {"d_model": 8, "depth": 2, "d_inner": 16, "d_state": 4, "stem": STEM},
+        "distill": {"teachers": ["teacher", "reference"], "train": TRAIN},
+        "prune": {"ratio": 0.4, "steps": 2, "round_to": 2, "finetune": TRAIN},
+        "quantize": {"calibration_clips": 16},
+        "budget": {},
+        "export": {},
+        "verify": {"clips": 4},
+    }
+    return raw | changes
+
+
+def recipe(root: Path, **changes) -> Recipe:
+    """The same, validated."""
+    return validate_recipe(raw_recipe(root, **changes), "test")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run that no test may change; one that wants to takes a copy of `out`."""
+
+    tree: Path
+    cache: Path
+    """What AUM_CACHE has to name for the features to be found again."""
+    out: Path
+    outcome: Outcome
+
+
+@cache
+def finished_run(base: Path) -> Finished:
+    """The run, made at first use.
+
+    Args:
+        base: pytest's base folder, the same for a whole session.
+    """
+    folder = base / "tiny-recipe"
+    tree = write_tau_tree(folder / "tree")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUM_CACHE", str(folder / "cache"))
+        outcome = run(recipe(tree), folder / "out")
+    return Finished(tree, folder / "cache", folder / "out", outcome)
