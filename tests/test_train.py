@@ -108,6 +108,8 @@ def test_killed_run_goes_on_and_ends_with_the_same_weights(parts, tmp_path, monk
         patch.setattr(fit_module._ProgressCallback, "on_train_batch_end", die_in_third_epoch)
         with pytest.raises(_Killed):
             train(parts, tmp_path / "broken", epochs=4, augment=AUGMENT)
+    checkpoint = torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 1, "the epoch before, whether it was the best or not"
     resumed, found = train(parts, tmp_path / "broken", epochs=4, augment=AUGMENT)
     assert found.history == wanted.history
     assert found.best_epoch == wanted.best_epoch
@@ -183,9 +185,10 @@ def test_distillation_pulls_the_student_to_the_teacher(parts, tmp_path):
     teacher = 8 * torch.eye(n_classes)[torch.arange(len(parts.train)) % n_classes]
     section = DistillSection.model_validate({"lambda": 0.0, "temperature": 1.0, "train": {"epochs": 1}})
     settings = {"epochs": 30, "learning_rate": 1e-2, "augment": AugmentConfig(time_roll_seconds=0.0)}
-    net, _ = train(parts, tmp_path, teacher=teacher, distill=section, **settings)
-    agreement = (predict_logits(net, parts.train, SPEC).argmax(1) == teacher.argmax(1).numpy()).mean()
-    assert agreement > 0.4, f"chance is {1 / n_classes:.2f}"
+    _, result = train(parts, tmp_path, teacher=teacher, distill=section, **settings)
+    # labels have no weight here, and the teacher's classes are not the labels: only its logits can be learned
+    losses = [row["train_loss"] for row in result.history]
+    assert losses[-1] < 0.75 * losses[0], losses
 
 
 def test_predicted_logits_do_not_depend_on_batching(parts, monkeypatch):

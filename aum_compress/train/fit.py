@@ -79,18 +79,14 @@ def fit(
     )
     history = _History()
     best = ModelCheckpoint(
-        work_dir,
-        filename="best",
-        monitor="val_accuracy",
-        mode="max",
-        save_top_k=1,
-        save_last=True,
-        enable_version_counter=False,
+        work_dir, filename="best", monitor="val_accuracy", mode="max", save_top_k=1, enable_version_counter=False
     )
+    # a checkpoint of its own: `save_last` would be written only when an epoch is the best so far
+    newest = ModelCheckpoint(work_dir, filename="last", monitor=None, save_top_k=1, enable_version_counter=False)
     last = work_dir / "last.ckpt"
     with progress(description) as reporter, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        callbacks = [best, history, _ProgressCallback(reporter, config.epochs, batches)]
+        callbacks = [best, newest, history, _ProgressCallback(reporter, config.epochs, batches)]
         trainer = _trainer(config, callbacks, work_dir, log_dir)
         _run(trainer, module, data, last if _is_whole(last, description) else None)
     if not best.best_model_path:
