@@ -13,13 +13,13 @@ BATCH = 64
 def predict_logits(
     model: nn.Module, features: np.ndarray, spec: InputSpec, advance: Advance | None = None
 ) -> np.ndarray:
-    """(n,C) float32 logits of `model` in evaluation mode.
+    """(n,C) float32 logits of `model` in evaluation mode, on a GPU where there is one; the model comes back to the CPU.
 
     Args:
         features: (n,F,T) log-mel as the cache holds it, not normalised.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
     logits = []
     with torch.inference_mode():
         for start in range(0, len(features), BATCH):
@@ -27,4 +27,5 @@ def predict_logits(
             logits.append(model((x[:, None] - spec.mean) / spec.std).float().cpu().numpy())
             if advance:
                 advance(min(start + BATCH, len(features)), len(features))
+    model.cpu()
     return np.concatenate(logits)
