@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from aum_compress import __version__
 from aum_compress.cli_data import data_app, recipes_app
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, print_json
-from aum_compress.console import log, out, say
+from aum_compress.console import log, say, show
 from aum_compress.errors import AumError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -198,7 +198,7 @@ def budget(
         from aum_compress.report.budget_table import budget_lines, budget_table
 
         if layers:
-            out.print(budget_table(report))
+            show(budget_table(report))
         for line in budget_lines(report):
             say(line)
     enforce(report)
@@ -294,4 +294,4 @@ def report(
 
 def main() -> None:
     """Entry point of `aum-compress`."""
-    app()
+    app(prog_name="aum-compress")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 Advance = Callable[[int, int], None]
 """Called with (done, total); the total may become known only on the way."""
@@ -14,6 +15,7 @@ Advance = Callable[[int, int], None]
 out = Console(highlight=False, soft_wrap=True)
 log_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+PIPE_COLUMNS = 250
 PLAIN_SECONDS = 10.0
 """In a pipe, a line at most this often."""
 
@@ -34,6 +36,15 @@ def log(message: str) -> None:
 def say(message: str = "") -> None:
     """One line to stdout, without markup."""
     print(message)  # rich would turn a reader that has gone into an exit code of its own
+
+
+def show(table: Table) -> None:
+    """A table to stdout: drawn on a terminal; in a pipe plain text, a line a row, no cell folded."""
+    if out.is_terminal:
+        out.print(table)
+    else:
+        table.box = None
+        Console(width=PIPE_COLUMNS, highlight=False).print(table)
 
 
 @contextmanager
