@@ -1,12 +1,19 @@
-"""A recipe whose stages are all real and small, a data set for it, and one finished run of both a test session."""
+"""A recipe whose stages are all real and small, its data, one finished run a test session, and the command line."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from audio_trees import SECONDS, write_tau_tree
+from typer.testing import CliRunner, Result
 
+import aum_compress
+from aum_compress.cli import app
 from aum_compress.pipeline import Outcome, run
 from aum_compress.recipe import validate_recipe
 from aum_compress.recipe_schema import Recipe
@@ -72,3 +79,22 @@ def finished_run(base: Path) -> Finished:
         patch.setenv("AUM_CACHE", str(folder / "cache"))
         outcome = run(recipe(tree), folder / "out")
     return Finished(tree, folder / "cache", folder / "out", outcome)
+
+
+def write_recipe(folder: Path, tree: Path, **changes) -> Path:
+    """The recipe as a file."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe(tree, **changes)))
+    return path
+
+
+def command(*words: object) -> Result:
+    """`aum-compress` with these words, in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words], prog_name="aum-compress")
+
+
+def tiny_process(code: str, *words: object) -> subprocess.Popen[str]:
+    """`aum-compress` with these words in a process of its own, after `code` has been executed there."""
+    environment = os.environ | {"PYTHONPATH": str(Path(aum_compress.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"{code}\nfrom aum_compress.cli import main\nmain()", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
