@@ -106,9 +106,11 @@ def _run(trainer: L.Trainer, module: TrainingModule, data: ClipsDataModule, chec
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     except OSError as error:
+        # the second name is where a checkpoint was being moved to
+        place = error.filename2 or error.filename or trainer.default_root_dir
         raise AumError(
-            f"{error.filename or trainer.default_root_dir}: training cannot go on: {error.strerror or error}. "
-            "Free space and run again: it goes on after the last whole epoch"
+            f"{place}: training cannot go on: {error.strerror or error}. Free space and run again: it goes on after "
+            "the last whole epoch"
         ) from None
     except RuntimeError as error:
         if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
