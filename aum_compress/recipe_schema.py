@@ -15,9 +15,11 @@ from aum_compress.errors import RecipeError
 from aum_compress.models.config import (
     AudioMambaConfig,
     BlockConfig,
+    BlockType,
     ConvStem,
     CPMobileConfig,
     PatchStem,
+    block_type_for_directions,
     uniform_blocks,
 )
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
@@ -96,10 +98,12 @@ class ModelSection(Section):
     d_inner: Positive | None = None
     d_state: Positive | None = None
     dt_rank: Positive | None = None
-    directions: Literal[1, 2] | None = None
+    block_type: BlockType | None = None
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
     pool: Literal["class_token", "mean"] | None = None
     position: Literal["absolute", "none"] | None = None
+
+    _reads_directions = model_validator(mode="before")(block_type_for_directions)
 
     @model_validator(mode="after")
     def _cp_mobile_is_fixed(self) -> "ModelSection":
@@ -127,7 +131,7 @@ class ModelSection(Section):
                 expand=(self.d_inner / d_model) if self.d_inner else first.d_inner / base.d_model,
                 d_state=self.d_state or first.d_state,
                 dt_rank=self.dt_rank,
-                directions=self.directions or first.directions,
+                block_type=self.block_type or first.block_type,
             )
             changes = {"n_mels": n_mels, "n_frames": n_frames, "d_model": d_model, "blocks": blocks}
             for key in ("stem", "pool", "position"):

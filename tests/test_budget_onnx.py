@@ -28,7 +28,8 @@ SPEC = InputSpec(
     clip_seconds=1.0,
 )
 BOTH_WAYS = BlockConfig(d_inner=10, d_state=3, dt_rank=2)
-ONE_WAY = BlockConfig(d_inner=7, d_state=5, dt_rank=1, d_conv=3, directions=1)
+ONE_WAY = BlockConfig(d_inner=7, d_state=5, dt_rank=1, d_conv=3, block_type="none")
+SHARED = BlockConfig(d_inner=9, d_state=4, dt_rank=2, block_type="v1")
 SIZES = {"n_mels": 32, "n_frames": 17, "n_classes": 4}
 STUDENT = AudioMambaConfig(
     **SIZES,
@@ -39,7 +40,7 @@ STUDENT = AudioMambaConfig(
 AUM = AudioMambaConfig(
     **SIZES,
     d_model=12,
-    blocks=(BOTH_WAYS, ONE_WAY),
+    blocks=(BOTH_WAYS, ONE_WAY, SHARED),
     stem=PatchStem(patch_mels=8, patch_frames=4, stride_mels=8, stride_frames=4),
     pool="class_token",
     position="absolute",
@@ -97,7 +98,7 @@ def test_a_batch_axis_left_open_is_a_batch_of_one(tmp_path):
 
 def test_a_graph_that_computes_more_than_its_configuration_is_refused(exports):
     config, _, path, _ = exports["aum"]
-    smaller = config.model_copy(update={"blocks": (BOTH_WAYS, ONE_WAY.model_copy(update={"d_state": 4}))})
+    smaller = config.model_copy(update={"blocks": (BOTH_WAYS, ONE_WAY.model_copy(update={"d_state": 4}), SHARED)})
     with pytest.raises(AumError, match=r"ONNX graph and by the configuration differ(.|\n)*layers\.1\.mixer: "):
         check_onnx(path, config=smaller)
 

@@ -23,7 +23,7 @@ BLOCKS = st.builds(
     d_state=SIZES,
     dt_rank=st.integers(1, 4),
     d_conv=st.integers(1, 5),
-    directions=st.sampled_from([1, 2]),
+    block_type=st.sampled_from(["none", "v1", "v2"]),
 )
 STRIDES = st.integers(1, 3)
 PLAIN_STAGES = st.builds(ConvStage, channels=SIZES, stride_mels=STRIDES, stride_frames=STRIDES, expansion=st.just(0.0))

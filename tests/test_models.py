@@ -1,10 +1,14 @@
+import json
+
 import pytest
 import torch
+import torch.nn.functional as F
 import torchinfo
 from pydantic import ValidationError
 from tiny import LABELS, N_FRAMES, N_MELS, aum_config, cp_config, features, student_config, trained_like
 
-from aum_compress.models.config import AudioMambaConfig, ConvStage, ConvStem, PatchStem
+from aum_compress.budget.analytic import analytic_macs
+from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem, PatchStem
 from aum_compress.models.factory import build_model, fold_batch_norm
 from aum_compress.models.mamba import MambaMixer, RMSNorm
 from aum_compress.models.presets import PRESETS
@@ -21,10 +25,16 @@ def test_cp_mobile_is_the_baseline_network():
     assert torchinfo.summary(model, input_size=(1, 1, 256, 65), verbose=0).total_mult_adds == 29_419_156
 
 
-def test_aum_small_has_the_published_size():
+@pytest.mark.parametrize(
+    ("preset", "size", "macs"), [("aum-small", 25_539_215, 13_798_999_680), ("aum-base", 92_107_535, 48_702_934_272)]
+)
+def test_aum_has_the_published_size(preset, size, macs):
+    config = PRESETS[preset](128, 1024, 527)
     with torch.device("meta"):
-        model = build_model(PRESETS["aum-small"](128, 1024, 527))
-    assert parameters(model) == 25_539_215  # published: 25.5 M
+        model = build_model(config)
+    assert parameters(model) == size  # published: 25.5 M and 92.1 M
+    assert config.n_tokens == 513
+    assert sum(analytic_macs(config).values()) == macs
 
 
 def test_published_checkpoint_names():
@@ -32,12 +42,22 @@ def test_published_checkpoint_names():
     mixer = "layers.0.mixer."
     assert {"cls_token", "pos_embed.pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"} <= names
     assert {"norm_f.weight", "head.weight", "head.bias", "layers.0.norm.weight"} <= names
-    assert {mixer + n for n in ("in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.bias", "A_log", "D")} <= names
+    assert {
+        mixer + n for n in ("in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.bias", "A_log", "D")
+    } <= names
     assert {mixer + n for n in ("conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "A_b_log", "D_b")} <= names
 
 
 @pytest.mark.parametrize(
-    "config", [student_config(), student_config(directions=1), student_config(token="cell"), aum_config(), cp_config()]
+    "config",
+    [
+        student_config(),
+        student_config(block_type="none"),
+        student_config(block_type="v1"),
+        student_config(token="cell"),
+        aum_config(),
+        cp_config(),
+    ],
 )
 def test_logits_and_gradients(config):
     model = build_model(config)
@@ -82,6 +102,36 @@ def test_mixer_halves_the_sum_of_two_independent_directions():
     forward = mixer.scan_direction(x, z, "")
     backward = mixer.scan_direction(x.flip(-1), z.flip(-1), "_b").flip(-1)
     torch.testing.assert_close(mixer(tokens), mixer.out_proj(((forward + backward) / 2).transpose(1, 2)))
+
+
+def test_v1_shares_all_but_the_state_matrix_and_adds_both_scans_whole():
+    torch.manual_seed(0)
+    mixer = MambaMixer(16, student_config(block_type="v1").blocks[0])
+    assert [name for name in mixer.state_dict() if "_b" in name] == ["A_b_log"]
+    tokens = torch.randn(2, 9, 16)
+    x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
+    u = F.silu(mixer.conv1d(F.pad(x, (3, 0))))  # causal for both scans
+    dt, b, c = mixer.x_proj(u.transpose(1, 2)).transpose(1, 2).split([2, 4, 4], dim=1)
+    delta = (mixer.dt_proj.weight @ dt) + mixer.dt_proj.bias[:, None]
+    with torch.no_grad():
+        mixer.A_b_log.add_(0.3)
+    y = torch.zeros(())
+    for turn, log in ((lambda t: t, mixer.A_log), (lambda t: t.flip(-1), mixer.A_b_log)):
+        inputs = [turn(t) for t in (u, delta, b, c, z)]
+        y = y + turn(selective_scan_oracle(*inputs[:2], -log.exp(), *inputs[2:4], mixer.D, inputs[4], None, True))
+    torch.testing.assert_close(mixer(tokens), mixer.out_proj(y.transpose(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("directions", "block_type"), [(1, "none"), (2, "v2")])
+def test_cards_that_count_directions_are_read_as_they_were_meant(directions, block_type):
+    card = json.loads(student_config().model_dump_json())
+    for block in card["blocks"]:
+        del block["block_type"]
+        block["directions"] = directions
+    config = AudioMambaConfig.model_validate_json(json.dumps(card))
+    assert {block.block_type for block in config.blocks} == {block_type}
+    with pytest.raises(ValidationError, match="directions"):
+        BlockConfig(d_inner=8, d_state=4, dt_rank=1, directions=3)
 
 
 def test_backward_direction_is_causal_from_the_end():

@@ -112,9 +112,9 @@ def test_no_such_recipe_suggests_one():
 
 
 def test_sections_resolve_to_configurations():
-    config = ModelSection(preset="aum-tiny", d_model=64, depth=3, d_state=8, directions=1).resolve(64, 33, 5)
+    config = ModelSection(preset="aum-tiny", d_model=64, depth=3, d_state=8, block_type="none").resolve(64, 33, 5)
     assert isinstance(config, AudioMambaConfig)
-    assert [(b.d_inner, b.d_state, b.dt_rank, b.directions) for b in config.blocks] == [(128, 8, 4, 1)] * 3
+    assert [(b.d_inner, b.d_state, b.dt_rank, b.block_type) for b in config.blocks] == [(128, 8, 4, "none")] * 3
     assert isinstance(ModelSection(preset="cp-mobile").resolve(256, 65, 10), CPMobileConfig)
     wide = StudentSection(d_inner=80).resolve(256, 65, 10)
     assert {block.d_inner for block in wide.blocks} == {80}

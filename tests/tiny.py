@@ -15,14 +15,16 @@ SPEC = InputSpec(
 )
 
 
-def student_config(*, directions: int = 2, widths: tuple[int, ...] = (24, 32), token: str = "frame") -> AudioMambaConfig:
+def student_config(
+    *, block_type: str = "v2", widths: tuple[int, ...] = (24, 32), token: str = "frame"
+) -> AudioMambaConfig:
     stages = (ConvStage(channels=8, expansion=0), ConvStage(channels=8), ConvStage(channels=8, stride_mels=1))
     return AudioMambaConfig(
         n_mels=N_MELS,
         n_frames=N_FRAMES,
         n_classes=len(LABELS),
         d_model=16,
-        blocks=tuple(BlockConfig(d_inner=width, d_state=4, dt_rank=2, directions=directions) for width in widths),
+        blocks=tuple(BlockConfig(d_inner=width, d_state=4, dt_rank=2, block_type=block_type) for width in widths),
         stem=ConvStem(stages=stages, token=token),
     )
 

@@ -72,11 +72,11 @@ def _audio_mamba(config: AudioMambaConfig) -> dict[str, int]:
 def _mixer(name: str, block: BlockConfig, d_model: int, n_tokens: int) -> dict[str, int]:
     d_inner, d_state, dt_rank = block.d_inner, block.d_state, block.dt_rank
     found = {
-        name: block.directions * scan_macs(d_inner, d_state, n_tokens),
+        name: len(block.scans) * scan_macs(d_inner, d_state, n_tokens),
         f"{name}.in_proj": n_tokens * d_model * 2 * d_inner,
         f"{name}.out_proj": n_tokens * d_inner * d_model,
     }
-    for suffix in ("", "_b")[: block.directions]:
+    for suffix in block.projections:
         found[f"{name}.conv1d{suffix}"] = n_tokens * d_inner * block.d_conv
         found[f"{name}.x_proj{suffix}"] = n_tokens * d_inner * (dt_rank + 2 * d_state)
         found[f"{name}.dt_proj{suffix}"] = n_tokens * dt_rank * d_inner

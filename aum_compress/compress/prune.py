@@ -3,8 +3,8 @@
 Torch-Pruning finds the coupled slices and ranks them. It traces the graph by module hooks and autograd, and a real scan
 misleads it (it takes the outer products of D and N for element-wise operations). So while it traces, each mixer's
 forward is replaced by a *structural surrogate* of the same modules and parameters with the same coupling along d_inner:
-in_proj rows i and i+D; convolution, dt_proj row, A and D row i, x_proj and out_proj column i, for each direction. The
-importance still comes from the gradients of the real forward.
+in_proj rows i and i+D; convolution, dt_proj row, A and D row i, x_proj and out_proj column i, for each direction that
+has its own. The importance still comes from the gradients of the real forward.
 """
 
 import warnings
@@ -120,8 +120,8 @@ def _unwrapped(mixers: list[MambaMixer]) -> list[tuple[nn.Parameter, int]]:
     """The mixers' bare parameters and the axis of theirs that is d_inner."""
     found = []
     for mixer in mixers:
-        for suffix in mixer.suffixes:
-            found += [(getattr(mixer, f"A{suffix}_log"), 0), (getattr(mixer, f"D{suffix}"), 0)]
+        found += [(getattr(mixer, f"A{suffix}_log"), 0) for suffix in mixer.config.scans]
+        found += [(getattr(mixer, f"D{suffix}"), 0) for suffix in mixer.config.projections]
     return found
 
 
@@ -129,7 +129,7 @@ def _outputs_kept(mixers: list[MambaMixer]) -> list[nn.Module]:
     """Layers whose outputs are not d_inner. Their inputs are still trimmed."""
     kept: list[nn.Module] = []
     for mixer in mixers:
-        kept += [mixer.out_proj, *(getattr(mixer, f"x_proj{suffix}") for suffix in mixer.suffixes)]
+        kept += [mixer.out_proj, *(getattr(mixer, f"x_proj{suffix}") for suffix in mixer.config.projections)]
     return kept
 
 
@@ -151,7 +151,7 @@ def _surrogate_forward(mixers: list[MambaMixer]) -> Iterator[list[Tensor]]:
         # one consumer for each half: offsets of a split are counted by consumers, not by outputs
         x, z = x * 1.0, z * 1.0
         total: Tensor | float = 0.0
-        for suffix in mixer.suffixes:
+        for suffix in mixer.config.projections:
             # whole window at once and the mean over time: slicing the time axis would be taken for channel slicing
             u = F.silu(getattr(mixer, f"conv1d{suffix}")(F.pad(x, (mixer.config.d_conv - 1, 0))))
             u = u.mean(2, keepdim=True).transpose(1, 2)
@@ -159,8 +159,9 @@ def _surrogate_forward(mixers: list[MambaMixer]) -> Iterator[list[Tensor]]:
             side_outputs.append(projected)
             rank = projected[..., : mixer.config.dt_rank].detach().requires_grad_()
             dt = getattr(mixer, f"dt_proj{suffix}")(rank)
-            decay = getattr(mixer, f"A{suffix}_log").select(1, 0)
-            total = total + u * dt * decay * getattr(mixer, f"D{suffix}")
+            total = total + u * dt * getattr(mixer, f"D{suffix}")
+        for suffix in mixer.config.scans:
+            total = total * getattr(mixer, f"A{suffix}_log").select(1, 0)
         return mixer.out_proj(total * z.transpose(1, 2))
 
     for mixer in mixers:

@@ -5,11 +5,23 @@ section 2: `M` d_model, `D` d_inner, `N` d_state, `R` dt_rank, `K` conv taps, `L
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+BlockType = Literal["none", "v1", "v2"]
+"""`none`: forward scan only. `v1` (AuM's Fo-Bi, AuM-Base): one convolution and one set of projections, scanned both
+ways with a state matrix for each; both results added. `v2` (Bi-Bi, AuM-Small): two directions with weights of their
+own, their sum halved."""
+
+
+def block_type_for_directions(values: Any) -> Any:
+    """`directions`, as cards and recipes of before AuM's v1 say it, as the `block_type` that it meant."""
+    if isinstance(values, dict) and values.get("directions") in (1, 2) and "block_type" not in values:
+        others = {key: value for key, value in values.items() if key != "directions"}
+        return others | {"block_type": "none" if values["directions"] == 1 else "v2"}
+    return values
 
 
 class Frozen(BaseModel):
@@ -23,8 +35,19 @@ class BlockConfig(Frozen):
     d_state: Positive
     dt_rank: Positive
     d_conv: Positive = 4
-    directions: Literal[1, 2] = 2
-    """2: forward and backward scan, weights of their own (Vim "v2", AuM "Bi-Bi"), sum halved. 1: forward only."""
+    block_type: BlockType = "v2"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Name suffix of each convolution with its x_proj, dt_proj and D."""
+        return ("", "_b") if self.block_type == "v2" else ("",)
+
+    @property
+    def scans(self) -> tuple[str, ...]:
+        """Name suffix of each scan's state matrix."""
+        return ("",) if self.block_type == "none" else ("", "_b")
+
+    _reads_directions = model_validator(mode="before")(block_type_for_directions)
 
 
 class PatchStem(Frozen):
@@ -130,13 +153,19 @@ def stem_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> tuple[i
 
 
 def uniform_blocks(
-    depth: int, d_model: int, *, expand: float = 2.0, d_state: int = 16, dt_rank: int | None = None, directions: int = 2
+    depth: int,
+    d_model: int,
+    *,
+    expand: float = 2.0,
+    d_state: int = 16,
+    dt_rank: int | None = None,
+    block_type: BlockType = "v2",
 ) -> tuple[BlockConfig, ...]:
     """`depth` equal blocks by Mamba's rule: D = expand*M, R = ceil(M/16)."""
     block = BlockConfig(
         d_inner=round(expand * d_model),
         d_state=d_state,
         dt_rank=dt_rank or math.ceil(d_model / 16),
-        directions=directions,
+        block_type=block_type,
     )
     return (block,) * depth

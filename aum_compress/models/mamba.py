@@ -1,4 +1,4 @@
-"""The bidirectional Mamba block of Vim ("v2", AuM's "Bi-Bi"); parameters are named as in published checkpoints."""
+"""The Mamba blocks of Vim and AuM, one way and both ways; parameters are named as in published checkpoints."""
 
 import math
 
@@ -28,10 +28,11 @@ class RMSNorm(nn.Module):
 
 
 class MambaMixer(nn.Module):
-    """(B,L,M) -> (B,L,M). One input and output projection; convolution, x_proj, dt_proj, A and D for each direction.
+    """(B,L,M) -> (B,L,M). One input and output projection; between them what `config.block_type` says.
 
-    Source: `Mamba.forward` with `bimamba_type="v2"`, `if_devide_out=True` in AuM's vim-mamba_ssm. All projections are
-    called as modules, so that quantisation and hooks reach them.
+    Source: `Mamba.forward` with `bimamba_type` "none", "v1" and "v2" (`if_devide_out=True`, which halves v2 alone) and
+    `BiMambaInnerFn` in AuM's vim-mamba_ssm. All projections are called as modules, so that quantisation and hooks reach
+    them.
     """
 
     def __init__(self, d_model: int, config: BlockConfig) -> None:
@@ -40,15 +41,13 @@ class MambaMixer(nn.Module):
         d_inner = config.d_inner
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        for suffix in self.suffixes:
-            self._add_direction(suffix, config)
+        for suffix in config.projections:
+            self._add_projections(suffix, config)
+        rates = torch.arange(1, config.d_state + 1, dtype=torch.float32).repeat(d_inner, 1)
+        for suffix in config.scans:
+            setattr(self, f"A{suffix}_log", nn.Parameter(rates.log()))
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Name suffix of each direction's parameters."""
-        return (FORWARD, BACKWARD)[: self.config.directions]
-
-    def _add_direction(self, suffix: str, config: BlockConfig) -> None:
+    def _add_projections(self, suffix: str, config: BlockConfig) -> None:
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.dt_rank
         convolution = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
         dt_proj = nn.Linear(dt_rank, d_inner)
@@ -59,28 +58,37 @@ class MambaMixer(nn.Module):
         setattr(self, f"conv1d{suffix}", convolution)
         setattr(self, f"x_proj{suffix}", nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False))
         setattr(self, f"dt_proj{suffix}", dt_proj)
-        rates = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(d_inner, 1)
-        setattr(self, f"A{suffix}_log", nn.Parameter(rates.log()))
         setattr(self, f"D{suffix}", nn.Parameter(torch.ones(d_inner)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)  # (B,D,L) each
-        y = self.scan_direction(x, z, FORWARD)
-        if self.config.directions == 2:
+        if self.config.block_type == "v2":
             backward = self.scan_direction(x.flip(-1), z.flip(-1), BACKWARD)
-            y = (y + backward.flip(-1)) * 0.5
+            y = (self.scan_direction(x, z, FORWARD) + backward.flip(-1)) * 0.5
+        else:
+            inputs = (*self.scan_inputs(x, FORWARD), z)
+            y = self._scan(*inputs, self.A_log, self.D)
+            if self.config.block_type == "v1":  # the convolution has been causal: only what it gave is turned round
+                y = y + self._scan(*(t.flip(-1) for t in inputs), self.A_b_log, self.D).flip(-1)
         return self.out_proj(y.transpose(1, 2))
 
     def scan_direction(self, x: Tensor, z: Tensor, suffix: str) -> Tensor:
         """Causal convolution, input-dependent parameters and gated scan of one direction; all (B,D,L)."""
+        state_matrix, skip = getattr(self, f"A{suffix}_log"), getattr(self, f"D{suffix}")
+        return self._scan(*self.scan_inputs(x, suffix), z, state_matrix, skip)
+
+    def scan_inputs(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of x (B,D,L): u and delta (B,D,L), B and C (B,N,L)."""
         config = self.config
-        x = F.silu(getattr(self, f"conv1d{suffix}")(F.pad(x, (config.d_conv - 1, 0))))
-        projected = getattr(self, f"x_proj{suffix}")(x.transpose(1, 2))
+        u = F.silu(getattr(self, f"conv1d{suffix}")(F.pad(x, (config.d_conv - 1, 0))))
+        projected = getattr(self, f"x_proj{suffix}")(u.transpose(1, 2))
         dt, b, c = projected.split([config.dt_rank, config.d_state, config.d_state], dim=-1)
         delta = getattr(self, f"dt_proj{suffix}")(dt).transpose(1, 2)
-        A = -torch.exp(getattr(self, f"A{suffix}_log").float())
-        D = getattr(self, f"D{suffix}").float()
-        return selective_scan(x, delta, A, b.transpose(1, 2), c.transpose(1, 2), D, z, delta_softplus=True)
+        return u, delta, b.transpose(1, 2), c.transpose(1, 2)
+
+    @staticmethod
+    def _scan(u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
+        return selective_scan(u, delta, -torch.exp(A_log.float()), b, c, D.float(), z, delta_softplus=True)
 
 
 class MambaBlock(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from aum_compress.models.config import (
     AudioMambaConfig,
+    BlockType,
     ConvStage,
     ConvStem,
     CPMobileConfig,
@@ -12,14 +13,16 @@ from aum_compress.models.config import (
 )
 
 
-def aum(d_model: int, depth: int, n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig:
-    """AuM as published: 16x16 patches, class token in the middle, absolute positions, N = 16, two directions."""
+def aum(
+    d_model: int, n_mels: int, n_frames: int, n_classes: int, block_type: BlockType = "v2", depth: int = 24
+) -> AudioMambaConfig:
+    """AuM as published: 16x16 patches, class token in the middle, absolute positions, N = 16."""
     return AudioMambaConfig(
         n_mels=n_mels,
         n_frames=n_frames,
         n_classes=n_classes,
         d_model=d_model,
-        blocks=uniform_blocks(depth, d_model),
+        blocks=uniform_blocks(depth, d_model, block_type=block_type),
         stem=PatchStem(),
         pool="class_token",
         position="absolute",
@@ -54,9 +57,9 @@ PRESET_MELS, PRESET_FRAMES = 256, 65
 """Features of one second through the DCASE front-end, which every preset takes."""
 
 PRESETS: dict[str, Callable[[int, int, int], AudioMambaConfig | CPMobileConfig]] = {
-    "aum-tiny": lambda n_mels, n_frames, n_classes: aum(192, 24, n_mels, n_frames, n_classes),
-    "aum-small": lambda n_mels, n_frames, n_classes: aum(384, 24, n_mels, n_frames, n_classes),
-    "aum-base": lambda n_mels, n_frames, n_classes: aum(768, 24, n_mels, n_frames, n_classes),
+    "aum-tiny": lambda n_mels, n_frames, n_classes: aum(192, n_mels, n_frames, n_classes),
+    "aum-small": lambda n_mels, n_frames, n_classes: aum(384, n_mels, n_frames, n_classes),
+    "aum-base": lambda n_mels, n_frames, n_classes: aum(768, n_mels, n_frames, n_classes, "v1"),
     "student": student,
     "cp-mobile": lambda n_mels, n_frames, n_classes: CPMobileConfig(
         n_mels=n_mels, n_frames=n_frames, n_classes=n_classes
