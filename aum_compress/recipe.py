@@ -13,6 +13,9 @@ from pydantic import ValidationError
 from aum_compress.errors import RecipeError, join_problems
 from aum_compress.recipe_schema import Recipe
 
+_KINDS = ("tau", "folders", "synth", "patch", "conv", "log_mel", "kaldi")
+"""Values of `kind`: pydantic names the alternative that it tried as if it were a key."""
+
 
 def recipes_folder() -> Path:
     """Where the shipped recipes lie: in the installed package, or beside it in a source checkout."""
@@ -108,7 +111,7 @@ def _problems(error: ValidationError) -> list[str]:
     """One line a problem: place, what was found, what was wanted."""
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if part not in ("tau", "folders", "synth", "patch", "conv"))
+        place = ".".join(str(part) for part in item["loc"] if part not in _KINDS)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             known = _known_keys(item["loc"][:-1])

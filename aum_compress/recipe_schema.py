@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from aum_compress.audio.config import FrontEndConfig
+from aum_compress.audio.config import FrontEnd, LogMelConfig
 from aum_compress.data.config import DataConfig
 from aum_compress.errors import RecipeError
 from aum_compress.models.config import (
@@ -227,7 +227,7 @@ class Recipe(Section):
     threads: Positive | None = None
     """CPU threads; torch's own choice when left out."""
     data: DataConfig
-    features: FrontEndConfig = FrontEndConfig()
+    features: FrontEnd = LogMelConfig()
     reference: TrainedModelSection | None = None
     """A rival, trained and measured on the same data; may also teach."""
     teacher: TrainedModelSection | None = None

@@ -22,8 +22,8 @@ def log_mel(
 ) -> np.ndarray:
     """Natural logarithm of mel power plus `log_offset`: (..., S) to (..., F, T) float32, T = 1 + S // hop_samples.
 
-    The keywords are the fields of `FrontEndConfig`, so that a stored record is passed as `**record`. The maths is that
-    of `torchaudio.transforms.MelSpectrogram`: power 2, HTK scale, no norm, centred frames, reflected ends.
+    The keywords are the fields of `LogMelConfig`. The maths is that of `torchaudio.transforms.MelSpectrogram`: power 2,
+    HTK scale, no norm, centred frames, reflected ends.
 
     Raises DataError when the clip is too short to be reflected at its ends.
     """
@@ -58,7 +58,7 @@ def frame_padding(n_samples: int, n_fft: int, window_samples: int) -> tuple[int,
 def hann_window(window_samples: int) -> np.ndarray:
     """Periodic Hann window, (window_samples,) float32, read-only."""
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window_samples) / window_samples)
-    return _read_only(window)
+    return read_only(window)
 
 
 @lru_cache(maxsize=8)
@@ -77,14 +77,14 @@ def mel_filterbank(
     widths_hz = np.diff(edges_hz)
     rising = (bins_hz[:, None] - edges_hz[:-2]) / widths_hz[:-1]
     falling = (edges_hz[2:] - bins_hz[:, None]) / widths_hz[1:]
-    return _read_only(np.maximum(0, np.minimum(rising, falling)))
+    return read_only(np.maximum(0, np.minimum(rising, falling)))
 
 
 def _hz_to_mel(hz: float) -> float:
     return 2595 * np.log10(1 + hz / 700)
 
 
-def _read_only(values: np.ndarray) -> np.ndarray:
+def read_only(values: np.ndarray) -> np.ndarray:
     """As float32 that nobody can write to: cached arrays are shared."""
     values = values.astype(np.float32)
     values.flags.writeable = False

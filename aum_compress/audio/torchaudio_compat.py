@@ -18,6 +18,7 @@ except (OSError, RuntimeError):
     torchaudio = importlib.import_module("torchaudio")
 
 functional = torchaudio.functional
+kaldi = torchaudio.compliance.kaldi
 transforms = torchaudio.transforms
 
-__all__ = ["functional", "transforms"]
+__all__ = ["functional", "kaldi", "transforms"]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from aum_compress.audio.config import InputSpec
-from aum_compress.audio.mel import mel_filterbank
+from aum_compress.audio.front_ends import frame_macs
 from aum_compress.errors import AumError
 from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStem, CPMobileConfig, stem_grid
 
@@ -47,18 +47,9 @@ def einsum_macs(equation: str, shapes: Sequence[Sequence[int]]) -> int:
 
 
 def front_end_macs(spec: InputSpec) -> int:
-    """Multiplications of the log-mel front-end for one second of audio, outside every budget.
-
-    A frame costs its window, a radix-2 FFT of real input (n_fft * log2(n_fft), an estimate: libraries differ), squares
-    of both parts of each bin, and the mel weights that are not zero.
-    """
-    front_end = spec.front_end
-    mel = mel_filterbank(
-        front_end.n_fft, front_end.n_mels, front_end.sample_rate_hz, front_end.f_min_hz, front_end.f_max_hz
-    )
-    fft = round(front_end.n_fft * math.log2(front_end.n_fft))
-    frame = front_end.window_samples + fft + 2 * (front_end.n_fft // 2 + 1) + int((mel != 0).sum())
-    return math.ceil(front_end.n_frames(spec.clip_seconds) * frame / spec.clip_seconds)
+    """Multiplications of the front-end for one second of audio, outside every budget; an estimate (`frame_macs`)."""
+    frame = frame_macs(spec.front_end.model_dump())
+    return math.ceil(spec.front_end.n_frames(spec.clip_seconds) * frame / spec.clip_seconds)
 
 
 def _audio_mamba(config: AudioMambaConfig) -> dict[str, int]:

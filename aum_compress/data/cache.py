@@ -1,6 +1,6 @@
 """Audio decoded once: features or waveforms of all clips in one memory-mapped file, so that epochs read numbers.
 
-    <cache_dir>/<key>/clips.npy     (n,F,T) log-mel or (n,S) waveforms, float32; rows of rejected clips are left empty
+    <cache_dir>/<key>/clips.npy     (n,F,T) features or (n,S) waveforms, float32; rows of rejected clips are left empty
     <cache_dir>/<key>/index.json    clip ids and checksums by row, bad files, SHA-256 of clips.npy
 
 The key covers the clips, size and time stamp of their files, the front-end, and the source of the code that computes
@@ -25,8 +25,8 @@ import numpy as np
 from filelock import FileLock
 from threadpoolctl import threadpool_limits
 
-from aum_compress.audio import mel, reading, resample
-from aum_compress.audio.config import FrontEndConfig
+from aum_compress.audio import front_ends, kaldi, mel, reading, resample
+from aum_compress.audio.config import FrontEnd
 from aum_compress.data.clips import Clip, DataIndex
 from aum_compress.data.config import cache_root
 from aum_compress.data.examine import BadFile, Progress, examine_files, stop_or_skip
@@ -50,14 +50,14 @@ class CachedClips:
     """(n,) int64: the row of each clip in the file."""
     path: Path
     """clips.npy."""
-    front_end: FrontEndConfig
+    front_end: FrontEnd
     what: What
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, indices: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """(B,F,T) log-mel, not normalised, or (B,S) waveforms; float32."""
+        """(B,F,T) features, not normalised, or (B,S) waveforms; float32."""
         # Opened at each use, so that a copy sent to a worker process carries a path, not gigabytes
         return np.load(self.path, mmap_mode="r")[self.rows[indices]]
 
@@ -84,7 +84,7 @@ class CachedParts:
 
 def cache_index(
     index: DataIndex,
-    front_end: FrontEndConfig,
+    front_end: FrontEnd,
     *,
     what: What = "logmel",
     on_bad_files: Literal["stop", "skip"] = "stop",
@@ -112,7 +112,7 @@ def cache_index(
 
 def cache_clips(
     clips: Sequence[Clip],
-    front_end: FrontEndConfig,
+    front_end: FrontEnd,
     clip_seconds: float,
     *,
     shortest_seconds: float = 0.0,
@@ -121,7 +121,7 @@ def cache_clips(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> CachedClips:
-    """The clips' log-mel features (F,T) or resampled waveforms (S,), read from the cache or computed once.
+    """The clips' features (F,T) or resampled waveforms (S,), read from the cache or computed once.
 
     `progress` is called while an entry is built. A file shorter than `shortest_seconds` is a bad file.
 
@@ -159,9 +159,10 @@ def cache_clips(
 
 
 def feature_statistics(cached: CachedClips) -> tuple[float, float]:
-    """Mean and standard deviation of all log-mel values, for the input normalisation; give it the training part.
+    """What the features are normalised with, (x - mean) / std; give it the training part.
 
-    Of cached waveforms, at most 500 evenly spaced ones are transformed.
+    `std` is the standard deviation of all values, twice that for kaldi's features, as AuM has it. Of cached waveforms,
+    at most 500 evenly spaced ones are transformed.
     """
     n = len(cached)
     if cached.what == "waveform":
@@ -173,27 +174,26 @@ def feature_statistics(cached: CachedClips) -> tuple[float, float]:
         values = cached[block]
         if cached.what == "waveform":
             with threadpool_limits(1, "blas"):  # as in data/examine.py
-                values = mel.log_mel(values, **cached.front_end.model_dump())
+                values = front_ends.features(values, cached.front_end.model_dump())
         count += values.size
         total += values.sum(dtype=np.float64)
         squares += np.square(values, dtype=np.float64).sum()
     mean = total / count
-    return float(mean), float(max(squares / count - mean**2, 0.0) ** 0.5)
+    deviation = max(squares / count - mean**2, 0.0) ** 0.5
+    return float(mean), float(cached.front_end.deviations * deviation)
 
 
-def _shape(n: int, front_end: FrontEndConfig, clip_seconds: float, what: What) -> tuple[int, ...]:
+def _shape(n: int, front_end: FrontEnd, clip_seconds: float, what: What) -> tuple[int, ...]:
     if what == "waveform":
         return (n, front_end.clip_samples(clip_seconds))
     return (n, front_end.n_mels, front_end.n_frames(clip_seconds))
 
 
-def _bytes_wanted(n: int, front_end: FrontEndConfig, clip_seconds: float, what: What) -> int:
+def _bytes_wanted(n: int, front_end: FrontEnd, clip_seconds: float, what: What) -> int:
     return 4 * int(np.prod(_shape(n, front_end, clip_seconds, what)))
 
 
-def _key(
-    clips: Sequence[Clip], front_end: FrontEndConfig, clip_seconds: float, shortest_seconds: float, what: What
-) -> str:
+def _key(clips: Sequence[Clip], front_end: FrontEnd, clip_seconds: float, shortest_seconds: float, what: What) -> str:
     files = {}
     for path in {clip.path for clip in clips}:
         try:
@@ -201,7 +201,7 @@ def _key(
             files[path] = (status.st_size, status.st_mtime_ns)
         except OSError:
             files[path] = (-1, -1)
-    made_by = "".join(inspect.getsource(module) for module in (mel, resample, reading))
+    made_by = "".join(inspect.getsource(module) for module in (front_ends, mel, kaldi, resample, reading))
     settings = front_end.model_dump() if what == "logmel" else front_end.sample_rate_hz
     described = [
         *(hashlib.sha256(made_by.encode()).hexdigest(), what, settings, clip_seconds, shortest_seconds),
@@ -233,7 +233,7 @@ def _digest(record: dict) -> str:
 def _build(
     entry: Path,
     clips: Sequence[Clip],
-    front_end: FrontEndConfig,
+    front_end: FrontEnd,
     clip_seconds: float,
     shortest_seconds: float,
     what: What,
@@ -260,7 +260,7 @@ def _build(
             def take(clip: Clip, samples: np.ndarray, rate: int) -> None:
                 resampled = resample.resample(samples, rate, front_end.sample_rate_hz)[:length]
                 resampled = np.pad(resampled, (0, length - len(resampled)))
-                values = resampled if what == "waveform" else mel.log_mel(resampled, **settings)
+                values = resampled if what == "waveform" else front_ends.features(resampled, settings)
                 data = np.ascontiguousarray(values, dtype="<f4")
                 with one_writes:
                     file.seek(start + rows[clip.clip_id] * data.nbytes)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from aum_compress import __version__
+from aum_compress.audio.front_ends import KALDI, LOG_MEL, count_frames, kind_of
 from aum_compress.errors import ModelFileError, join_problems
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -24,17 +25,20 @@ _INPUT_FIELDS: dict[str, tuple[type, ...]] = {
     "mean": _NUMBER,
     "std": _NUMBER,
 }
-_FRONT_END_FIELDS: dict[str, tuple[type, ...]] = {
+_BOTH_FRONT_ENDS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
     "sample_rate_hz": (int,),
-    "n_fft": (int,),
     "window_samples": (int,),
     "hop_samples": (int,),
     "n_mels": (int,),
     "f_min_hz": _NUMBER,
     "f_max_hz": (*_NUMBER, type(None)),
-    "log_offset": _NUMBER,
 }
-_POSITIVE_FIELDS = ("sample_rate_hz", "n_fft", "window_samples", "hop_samples", "n_mels", "log_offset")
+_FRONT_END_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    LOG_MEL: {**_BOTH_FRONT_ENDS, "n_fft": (int,), "log_offset": _NUMBER},
+    KALDI: {**_BOTH_FRONT_ENDS, "pre_emphasis": _NUMBER, "fixed_frames": (int, type(None))},
+}
+_POSITIVE_FIELDS = ("sample_rate_hz", "window_samples", "hop_samples", "n_mels", "n_fft", "log_offset", "fixed_frames")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class OnnxMetadata:
     labels: tuple[str, ...]
     """Class names in the order of the logits (C of them)."""
     input: Mapping[str, Any]
-    """`InputSpec.model_dump()`: features = (log_mel(clip) - mean) / std."""
+    """`InputSpec.model_dump()`: features = (front_end(clip) - mean) / std."""
     precision: Precision
     budget: Mapping[str, Any] | None = None
     """The budget's verdict, keys as in DESIGN section 2 (`param_bytes`, `macs`, ...)."""
@@ -71,12 +75,13 @@ class OnnxMetadata:
         if self.precision not in ("fp32", "fp16", "int8"):
             problems.append(f"precision: found {self.precision!r}, wanted fp32, fp16 or int8")
         problems += _wrong_fields("input", self.input, _INPUT_FIELDS)
-        if isinstance(self.input, Mapping) and "front_end" in self.input:
-            problems += _wrong_fields("input.front_end", self.front_end, _FRONT_END_FIELDS)
+        if isinstance(self.input, Mapping) and isinstance(self.input.get("front_end"), Mapping):
+            problems += self._front_end_problems()
         if problems:
             return problems
         positive = {"input." + key: self.input[key] for key in ("clip_seconds", "std")}
-        positive |= {"input.front_end." + key: self.front_end[key] for key in _POSITIVE_FIELDS}
+        stated = {key: self.front_end.get(key) for key in _POSITIVE_FIELDS}
+        positive |= {"input.front_end." + key: value for key, value in stated.items() if value is not None}
         problems += [
             f"{key}: found {n}, wanted a number above zero" for key, n in positive.items() if not 0 < n < math.inf
         ]
@@ -84,10 +89,16 @@ class OnnxMetadata:
             problems.append(f"input.mean: found {self.mean}, wanted a finite number")
         return problems
 
+    def _front_end_problems(self) -> list[str]:
+        kind = kind_of(self.front_end)
+        if kind not in (LOG_MEL, KALDI):
+            return [f"input.front_end.kind: found {kind!r}, wanted {LOG_MEL} or {KALDI}"]
+        return _wrong_fields("input.front_end", self.front_end, _FRONT_END_FIELDS[kind])
+
     @property
     def front_end(self) -> dict[str, Any]:
-        """Keywords of `audio.mel.log_mel`."""
-        return self.input["front_end"]
+        """Record of `audio.front_ends`; files from before there were two kinds do not state theirs."""
+        return {"kind": LOG_MEL, **self.input["front_end"]}
 
     @property
     def sample_rate_hz(self) -> int:
@@ -106,18 +117,18 @@ class OnnxMetadata:
 
     @property
     def mean(self) -> float:
-        """Subtracted from the log-mel values."""
+        """Subtracted from the features."""
         return self.input["mean"]
 
     @property
     def std(self) -> float:
-        """The log-mel values are divided by it."""
+        """The features are divided by it."""
         return self.input["std"]
 
     @property
     def feature_shape(self) -> tuple[int, int, int]:
         """(1,F,T) of one clip."""
-        return (1, self.front_end["n_mels"], 1 + self.clip_samples // self.front_end["hop_samples"])
+        return (1, self.front_end["n_mels"], count_frames(self.clip_samples, self.front_end))
 
     def to_props(self) -> dict[str, str]:
         """Keys and JSON values for `metadata_props`; the sample rate stands there a second time, easy to find."""

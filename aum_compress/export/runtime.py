@@ -11,7 +11,7 @@ import onnxruntime
 from onnxruntime import InferenceSession
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from aum_compress.audio.mel import log_mel
+from aum_compress.audio.front_ends import features
 from aum_compress.errors import DataError, ModelFileError
 from aum_compress.export.metadata import OnnxMetadata
 
@@ -65,14 +65,14 @@ def read_metadata(session: InferenceSession, path: Path) -> OnnxMetadata:
 
 
 def clip_features(clip: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
-    """Samples (S,) at the model's rate to its normalised log-mel map (1,1,F,T), float32.
+    """Samples (S,) at the model's rate to its normalised features (1,1,F,T), float32.
 
     A clip of another length than `metadata.clip_samples` is cut, or padded with silence, at its end.
     """
     padded = np.zeros(metadata.clip_samples, dtype=np.float32)
     kept = clip[: metadata.clip_samples]
     padded[: len(kept)] = kept
-    return ((log_mel(padded, **metadata.front_end) - metadata.mean) / metadata.std).astype(np.float32)[None, None]
+    return ((features(padded, metadata.front_end) - metadata.mean) / metadata.std).astype(np.float32)[None, None]
 
 
 def run_session(session: InferenceSession, features: np.ndarray) -> np.ndarray:

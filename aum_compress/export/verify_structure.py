@@ -10,6 +10,7 @@ from onnxruntime import InferenceSession
 from pydantic import ValidationError
 
 from aum_compress.audio.config import InputSpec
+from aum_compress.audio.front_ends import LOG_MEL
 from aum_compress.bundle import CARD, BundleCard, file_sha256
 from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import OnnxMetadata
@@ -89,7 +90,11 @@ def check_identity(metadata: OnnxMetadata, labels: tuple[str, ...], spec: InputS
 
 
 def _flat(record: Mapping) -> dict[str, object]:
-    return {**record["front_end"], **{key: value for key, value in record.items() if key != "front_end"}}
+    return {
+        "kind": LOG_MEL,
+        **record["front_end"],
+        **{key: value for key, value in record.items() if key != "front_end"},
+    }
 
 
 def check_card(path: Path, metadata: OnnxMetadata) -> list[Check]:

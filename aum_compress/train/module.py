@@ -10,13 +10,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from aum_compress.audio import augment
 from aum_compress.audio.config import InputSpec
-from aum_compress.audio.frontend import LogMel
+from aum_compress.audio.frontend import front_end_module
 from aum_compress.recipe_schema import DistillSection, TrainConfig
 from aum_compress.train.losses import distillation_loss, label_loss
 
 
 class TrainingModule(L.LightningModule):
-    """Trains `model` on batches `(x, y, index)`: x (B,S) waveforms or (B,1,F,T) log-mel, y and index of the clip (B,).
+    """Trains `model` on batches `(x, y, index)`: x (B,S) waveforms or (B,1,F,T) features, y and index of the clip (B,).
 
     All random choices of a step come from a generator seeded by (seed, epoch, batch): a resumed run draws what the
     unbroken one would have drawn.
@@ -46,7 +46,7 @@ class TrainingModule(L.LightningModule):
         self.seed = seed
         self.responses = responses
         self.distill = distill
-        self.log_mel = LogMel(spec.front_end)
+        self.front_end = front_end_module(spec.front_end)
         # not a buffer: the checkpoint must not carry it
         self.teacher_logits = teacher_logits
         self.validation_accuracy = MulticlassAccuracy(n_classes, average="macro")
@@ -85,7 +85,7 @@ class TrainingModule(L.LightningModule):
             x = augment.time_roll(x, round(config.time_roll_seconds * front_end.sample_rate_hz), generator)
             if self.responses is not None:
                 x = self.responses(x, config.device_response_p, generator)
-            x = self.log_mel(x)
+            x = self.front_end(x)
         else:
             frames = round(config.time_roll_seconds * front_end.sample_rate_hz / front_end.hop_samples)
             x = augment.time_roll(x, frames, generator)
@@ -100,7 +100,7 @@ class TrainingModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         x, y, _ = batch
-        features = self.log_mel(x) if x.dim() == 2 else x
+        features = self.front_end(x) if x.dim() == 2 else x
         logits = self.model((features - self.spec.mean) / self.spec.std).float()
         self.validation_accuracy(logits, y)
         self.log("val_accuracy", self.validation_accuracy, on_epoch=True, batch_size=len(y))
