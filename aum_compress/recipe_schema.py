@@ -101,7 +101,8 @@ class ModelSection(Section):
     block_type: BlockType | None = None
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
     pool: Literal["class_token", "mean"] | None = None
-    position: Literal["absolute", "none"] | None = None
+    position: Literal["absolute", "rope", "none"] | None = None
+    head: Literal["linear", "mlp"] | None = None
 
     _reads_directions = model_validator(mode="before")(block_type_for_directions)
 
@@ -134,7 +135,7 @@ class ModelSection(Section):
                 block_type=self.block_type or first.block_type,
             )
             changes = {"n_mels": n_mels, "n_frames": n_frames, "d_model": d_model, "blocks": blocks}
-            for key in ("stem", "pool", "position"):
+            for key in ("stem", "pool", "position", "head"):
                 if (value := getattr(self, key)) is not None:
                     changes[key] = value
             return AudioMambaConfig.model_validate(dict(base) | changes)

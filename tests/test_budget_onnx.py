@@ -36,6 +36,8 @@ STUDENT = AudioMambaConfig(
     d_model=12,
     blocks=(BOTH_WAYS, ONE_WAY),
     stem=ConvStem(stages=(ConvStage(channels=8, stride_mels=4, expansion=0), ConvStage(channels=6))),
+    position="rope",
+    head="mlp",
 )
 AUM = AudioMambaConfig(
     **SIZES,

@@ -53,11 +53,12 @@ AUDIO_MAMBAS = st.builds(
     n_mels=st.integers(8, 20),
     n_frames=st.integers(8, 20),
     n_classes=st.integers(2, 6),
-    d_model=SIZES,
+    d_model=st.integers(1, 3).map(lambda quarter: 4 * quarter),
     blocks=st.lists(BLOCKS, min_size=1, max_size=2).map(tuple),
     stem=CONV_STEMS | PATCH_STEMS,
     pool=st.sampled_from(["class_token", "mean"]),
-    position=st.sampled_from(["absolute", "none"]),
+    position=st.sampled_from(["absolute", "rope", "none"]),
+    head=st.sampled_from(["linear", "mlp"]),
 )
 CP_MOBILES = st.builds(
     CPMobileConfig,

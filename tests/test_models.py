@@ -153,6 +153,36 @@ def test_mixer_scans_as_the_oracle_does(monkeypatch):
     torch.testing.assert_close(found, mixer(tokens), rtol=1e-4, atol=1e-5)
 
 
+def test_mlp_head_is_norm_hidden_and_classes_with_dropout_in_training_alone():
+    config = student_config().model_copy(update={"head": "mlp"})
+    head = build_model(config).eval().head
+    assert sum(p.numel() for p in head.parameters()) == 2 * 16 + 16 * 512 + 512 + 512 * 3 + 3
+    pooled = 3 * torch.randn(4, 16) + 1
+    hidden = F.relu(F.layer_norm(pooled, (16,)) @ head.hidden.weight.T + head.hidden.bias)
+    wanted = hidden @ head.classes.weight.T + head.classes.bias
+    torch.testing.assert_close(head(pooled), wanted)
+    assert not torch.allclose(head.train()(pooled), wanted)
+
+
+@pytest.mark.parametrize("block_type", ["none", "v1", "v2"])
+def test_activation_checkpointing_changes_no_gradient(block_type):
+    config = student_config(block_type=block_type).model_copy(update={"position": "rope"})
+    model = build_model(config).train()
+    runs = []
+    for block in model.layers:
+        block.mixer.register_forward_pre_hook(lambda *_: runs.append(1))
+    gradients = []
+    for checkpointed, wanted_runs in ((False, 1), (True, 2)):
+        model.activation_checkpointing = checkpointed
+        model.zero_grad()
+        runs.clear()
+        model(features()).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        assert len(runs) == wanted_runs * len(model.layers)
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-6, atol=1e-7)
+
+
 def test_rms_norm():
     norm = RMSNorm(8)
     x = torch.randn(3, 8) * 5

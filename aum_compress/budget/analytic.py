@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from aum_compress.audio.config import InputSpec
 from aum_compress.audio.front_ends import frame_macs
 from aum_compress.errors import AumError
-from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStem, CPMobileConfig, stem_grid
-
-Grid = tuple[int, int]
-"""Rows (frequency) and columns (time) of a feature map."""
+from aum_compress.models.config import (
+    MLP_HEAD_WIDTH,
+    AudioMambaConfig,
+    BlockConfig,
+    ConvStem,
+    CPMobileConfig,
+    Grid,
+    stem_grid,
+)
 
 
 def analytic_macs(config: AudioMambaConfig | CPMobileConfig) -> dict[str, int]:
@@ -57,6 +62,9 @@ def _audio_mamba(config: AudioMambaConfig) -> dict[str, int]:
     found = _stem(config)
     for number, block in enumerate(config.blocks):
         found |= _mixer(f"layers.{number}.mixer", block, d_model, n_tokens)
+    if config.head == "mlp":
+        width = MLP_HEAD_WIDTH
+        return found | {"head.hidden": d_model * width, "head.classes": width * config.n_classes}
     return found | {"head": d_model * config.n_classes}
 
 

@@ -24,11 +24,12 @@ def tidy(model: ir.Model, stored: Set[str]) -> None:
 
     Args:
         stored: names of the torch model's tensors. Arithmetic on them (such as -exp(A_log)) is not folded, because its
-            result would be stored in their place.
+            result would be stored in their place; nor is a Range, from which tables of positions are computed.
     """
 
     def by_default_unless_stored(node: ir.Node) -> bool | None:
-        return False if any(value is not None and value.name in stored for value in node.inputs) else None
+        grows = node.op_type == "Range" or any(value is not None and value.name in stored for value in node.inputs)
+        return False if grows else None
 
     fold_constants_ir(model, should_fold=by_default_unless_stored)
     common.RemoveUnusedNodesPass()(model)

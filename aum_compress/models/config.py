@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Grid = tuple[int, int]
+"""Rows (frequency) and columns (time)."""
+MLP_HEAD_WIDTH = 512
 BlockType = Literal["none", "v1", "v2"]
 """`none`: forward scan only. `v1` (AuM's Fo-Bi, AuM-Base): one convolution and one set of projections, scanned both
 ways with a state matrix for each; both results added. `v2` (Bi-Bi, AuM-Small): two directions with weights of their
@@ -87,7 +90,7 @@ class ConvStem(Frozen):
 
 
 class AudioMambaConfig(Frozen):
-    """AuM and its students: stem -> tokens (B,L,M) -> Mamba blocks -> RMSNorm -> pool -> linear head."""
+    """AuM and its students: stem -> tokens (B,L,M) -> Mamba blocks -> RMSNorm -> pool -> head."""
 
     family: Literal["audio_mamba"] = "audio_mamba"
     n_mels: Positive
@@ -98,19 +101,25 @@ class AudioMambaConfig(Frozen):
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")]
     pool: Literal["class_token", "mean"] = "mean"
     """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: mean over tokens."""
-    position: Literal["absolute", "none"] = "none"
+    position: Literal["absolute", "rope", "none"] = "none"
+    """`absolute`: a learned vector a token. `rope`: what enters a block is turned by its place; nothing is stored."""
+    head: Literal["linear", "mlp"] = "linear"
+    """`mlp`: LayerNorm, dropout, 512 units, ReLU, dropout, classes."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows (frequency) and columns (time) of the stem's output."""
+    def grid(self) -> Grid:
+        """Of the stem's output."""
         return stem_grid(self.stem, self.n_mels, self.n_frames)
+
+    @property
+    def token_grid(self) -> Grid:
+        """Of the tokens, the class token apart."""
+        return token_grid(self.stem, self.n_mels, self.n_frames)
 
     @property
     def n_tokens(self) -> int:
         """L, the class token included."""
-        rows, columns = self.grid
-        patches = columns if isinstance(self.stem, ConvStem) and self.stem.token == "frame" else rows * columns
-        return patches + (self.pool == "class_token")
+        return math.prod(self.token_grid) + (self.pool == "class_token")
 
     @model_validator(mode="after")
     def _stem_fits(self) -> "AudioMambaConfig":
@@ -119,6 +128,15 @@ class AudioMambaConfig(Frozen):
             raise ValueError(
                 f"stem: leaves a {rows} x {columns} grid of {self.n_mels} mel bins x {self.n_frames} frames; "
                 "use smaller patches or strides"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rope_turns_pairs(self) -> "AudioMambaConfig":
+        if self.position == "rope" and self.d_model % 4:
+            raise ValueError(
+                f"position rope turns pairs of channels by row and by column: d_model {self.d_model} must be "
+                "a multiple of 4"
             )
         return self
 
@@ -139,7 +157,7 @@ class CPMobileConfig(Frozen):
 ModelConfig = Annotated[AudioMambaConfig | CPMobileConfig, Field(discriminator="family")]
 
 
-def stem_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> tuple[int, int]:
+def stem_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> Grid:
     """Rows and columns that a stem leaves of an (F,T) spectrogram."""
     if isinstance(stem, PatchStem):
         return (
@@ -150,6 +168,17 @@ def stem_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> tuple[i
     for stage in stem.stages:  # 3x3 kernels padded by 1: ceil division by the stride
         rows, columns = -(-rows // stage.stride_mels), -(-columns // stage.stride_frames)
     return rows, columns
+
+
+def reads_whole_frames(stem: PatchStem | ConvStem) -> bool:
+    """Whether all mel rows of a frame make one token, so that their number is fixed."""
+    return isinstance(stem, ConvStem) and stem.token == "frame"
+
+
+def token_grid(stem: PatchStem | ConvStem, n_mels: int, n_frames: int) -> Grid:
+    """Rows and columns of the tokens made of an (F,T) spectrogram; whole frames make one row."""
+    rows, columns = stem_grid(stem, n_mels, n_frames)
+    return (min(rows, 1), columns) if reads_whole_frames(stem) else (rows, columns)
 
 
 def uniform_blocks(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum_compress.models.config import BlockConfig
+from aum_compress.models.positions import Rotation, rotate
 from aum_compress.models.scan import selective_scan
 
 # the range that Mamba draws its initial step sizes from (Gu and Dao 2023, section 3.6)
@@ -92,12 +93,16 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """Pre-norm residual block: tokens + mixer(norm(tokens)), the residual stream kept in float32."""
+    """Pre-norm residual block: tokens + mixer(norm(tokens)), the residual stream kept in float32.
+
+    Rotary positions, where given, turn what is added.
+    """
 
     def __init__(self, d_model: int, config: BlockConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model)
         self.mixer = MambaMixer(d_model, config)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens + self.mixer(self.norm(tokens))
+    def forward(self, tokens: Tensor, turns: Rotation | None = None) -> Tensor:
+        added = self.mixer(self.norm(tokens))
+        return tokens + (added if turns is None else rotate(added, turns))

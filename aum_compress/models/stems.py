@@ -1,6 +1,5 @@
 """From a spectrogram to tokens: AuM's patch embedding and the student's convolutional stem."""
 
-import torch
 from torch import Tensor, nn
 
 from aum_compress.models.config import ConvStage, ConvStem, PatchStem, stem_grid
@@ -84,12 +83,3 @@ class ConvEmbed(nn.Module):
         cells = self.stages(spectrogram)  # (B,channels,rows,columns)
         tokens = cells.flatten(1, 2) if self.by_frame else cells.flatten(2)
         return self.proj(tokens.transpose(1, 2))
-
-
-class PositionEmbedding(nn.Module):
-    """A learned vector a token, (1,L,M), added. The class token's row comes first, as in published AuM checkpoints."""
-
-    def __init__(self, n_tokens: int, d_model: int) -> None:
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.empty(1, n_tokens, d_model))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
