@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aum_compress.kernels import cuda
 from aum_compress.models.config import BlockConfig
 from aum_compress.models.positions import Rotation, rotate
 from aum_compress.models.scan import selective_scan
@@ -33,7 +34,7 @@ class MambaMixer(nn.Module):
 
     Source: `Mamba.forward` with `bimamba_type` "none", "v1" and "v2" (`if_devide_out=True`, which halves v2 alone) and
     `BiMambaInnerFn` in AuM's vim-mamba_ssm. All projections are called as modules, so that quantisation and hooks reach
-    them.
+    them; so is the convolution, but for training on a GPU with causal-conv1d.
     """
 
     def __init__(self, d_model: int, config: BlockConfig) -> None:
@@ -81,11 +82,17 @@ class MambaMixer(nn.Module):
     def scan_inputs(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of x (B,D,L): u and delta (B,D,L), B and C (B,N,L)."""
         config = self.config
-        u = F.silu(getattr(self, f"conv1d{suffix}")(F.pad(x, (config.d_conv - 1, 0))))
+        u = self._convolve(x, getattr(self, f"conv1d{suffix}"))
         projected = getattr(self, f"x_proj{suffix}")(u.transpose(1, 2))
         dt, b, c = projected.split([config.dt_rank, config.d_state, config.d_state], dim=-1)
         delta = getattr(self, f"dt_proj{suffix}")(dt).transpose(1, 2)
         return u, delta, b.transpose(1, 2), c.transpose(1, 2)
+
+    def _convolve(self, x: Tensor, convolution: nn.Module) -> Tensor:
+        # outside training, the hooks of calibration and the module of int8 have to be reached
+        if self.training and cuda.convolves(x, self.config.d_conv):
+            return cuda.causal_convolution(x, convolution.weight.squeeze(1), convolution.bias)
+        return F.silu(convolution(F.pad(x, (self.config.d_conv - 1, 0))))
 
     @staticmethod
     def _scan(u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, A_log: Tensor, D: Tensor) -> Tensor:

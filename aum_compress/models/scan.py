@@ -6,11 +6,13 @@ Glossary: `B` batch, `L` tokens, `D` d_inner, `N` d_state. `u` the scan's input,
 `selective_scan` is a `torch.library` operator, so that tracing, MAC counting and export see one node.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aum_compress.kernels import build, cpu
+from aum_compress.kernels import build, cpu, cuda
 from aum_compress.models.scan_loop import scan_loop_backward, scan_loop_forward
 
 
@@ -36,11 +38,18 @@ def selective_scan(
         delta_softplus: pass delta through softplus, after the bias.
 
     Returns:
-        (B,D,L), in the dtype of `u`. The recurrence runs in float32 (float64 for float64 input) under any autocast.
+        (B,D,L), in the dtype of `u`. The recurrence runs in float32 (float64 for float64 input) under any autocast;
+        mamba-ssm's kernels read half precision as it is, which halves what is kept for the backward.
     """
     work = torch.float64 if u.dtype == torch.float64 else torch.float32
-    parts = [None if t is None else t.to(work) for t in (u, delta, A, B, C, D, z, delta_bias)]
-    return _scan(*parts, delta_softplus).to(u.dtype)
+    by_token = u.dtype if cuda.scans(u, A) else work
+
+    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    parts = (*(cast(t, by_token) for t in (u, delta)), cast(A, work), *(cast(t, by_token) for t in (B, C)))
+    y = _scan(*parts, cast(D, work), cast(z, by_token), cast(delta_bias, work), delta_softplus)
+    return y.to(u.dtype)
 
 
 def selective_scan_oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> Tensor:
@@ -72,7 +81,7 @@ def _scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    forward = cpu.scan_forward if _fused(u) else scan_loop_forward
+    forward, _ = _implementation(u, A)
     return forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
@@ -89,13 +98,18 @@ def _scan_backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> list[Tensor]:
-    backward = cpu.scan_backward if _fused(u) else scan_loop_backward
+    _, backward = _implementation(u, A)
     gradients = backward(grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return [g for g in gradients if g is not None]
 
 
-def _fused(u: Tensor) -> bool:
-    return u.device.type == "cpu" and u.dtype == torch.float32 and build.library() is not None
+def _implementation(u: Tensor, A: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor | None, ...]]]:
+    """Forward and backward of the same scan for this device and dtype."""
+    if cuda.scans(u, A):
+        return cuda.scan_forward, cuda.scan_backward
+    if u.device.type == "cpu" and u.dtype == torch.float32 and build.library() is not None:
+        return cpu.scan_forward, cpu.scan_backward
+    return scan_loop_forward, scan_loop_backward
 
 
 @_scan.register_fake
