@@ -85,8 +85,13 @@ class TrainConfig(Section):
     nodes: Positive = 1
     strategy: str = "auto"
     """Lightning's name: `auto`, `ddp`, `fsdp`, ..."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each Mamba block and compute the rest again on the way back: less memory, more time."""
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
     augment: AugmentConfig = AugmentConfig()
+
+
+NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none"
 
 
 class ModelSection(Section):
@@ -108,9 +113,13 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _cp_mobile_is_fixed(self) -> "ModelSection":
-        changed = [key for key in ModelSection.model_fields if key != "preset" and getattr(self, key) is not None]
+        own = type(self).model_fields.keys() - {"preset", "train"}
+        changed = [key for key in type(self).model_fields if key in own and getattr(self, key) is not None]
         if self.preset == "cp-mobile" and changed:
             raise ValueError(f"cp-mobile is the reference network as published: {', '.join(changed)} cannot be changed")
+        train = getattr(self, "train", None)
+        if self.preset == "cp-mobile" and train and train.activation_checkpointing:
+            raise ValueError(NO_BLOCKS)
         return self
 
     def resolve(self, n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig | CPMobileConfig:
@@ -146,6 +155,8 @@ class ModelSection(Section):
 class TrainedModelSection(ModelSection):
     """A model and the training with labels alone that makes it."""
 
+    checkpoint: Path | None = None
+    """Published weights of AuM or Vim to start from; without `block_type`, the checkpoint's own blocks are built."""
     train: TrainConfig
 
 
@@ -253,6 +264,9 @@ class Recipe(Section):
                     problems.append(f"distill.teachers: names {stage}, but the recipe has no section {stage}")
         if self.student and self.student.preset == "cp-mobile" and self.prune:
             problems.append("prune: works on Mamba blocks, and cp-mobile has none")
+        checkpointed = self.distill and self.distill.train.activation_checkpointing
+        if self.student and self.student.preset == "cp-mobile" and checkpointed:
+            problems.append(f"distill.{NO_BLOCKS}")
         if self.export and "int8" in self.export.precisions and self.quantize is None:
             problems.append("export.precisions: int8 needs a quantize section")
         if self.verify and self.export is None:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aum_compress.bundle import Bundle, read_bundle
+from aum_compress.bundle import Bundle, file_sha256, read_bundle
 from aum_compress.compress.prune import PruneResult, prune_d_inner
 from aum_compress.compress.quantize import quantize, signal_to_noise_db
-from aum_compress.console import progress
+from aum_compress.console import log, progress
 from aum_compress.data.cache import CachedParts, cache_index
 from aum_compress.errors import BundleError
+from aum_compress.models.checkpoints import load_published, read_published, state_for
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model
 from aum_compress.recipe_schema import ModelSection, TrainConfig
@@ -32,14 +33,23 @@ BATCH = 32
 def train_on_labels(space: Workspace, name: str) -> Bundle:
     """Stage `reference`, `teacher` or `student`: a fresh model trained on the labels alone."""
     section = getattr(space.recipe, name)
+    checkpoint = getattr(section, "checkpoint", None)  # the student has none
 
     def make(work_dir: Path) -> Made:
         model = _fresh(space, section)
+        notes = {}
+        if checkpoint:
+            notes["checkpoint"] = [str(checkpoint), *load_published(model, checkpoint.expanduser())]
+            log(f"{name}: starts from {'; '.join(notes['checkpoint'])}")
         result = _fit(space, model, section.train, work_dir, name)
         shutil.rmtree(work_dir, ignore_errors=True)
-        return _made(model, result)
+        made = _made(model, result)
+        return Made(made.model, made.metrics, made.notes | notes)
 
-    return space.stage(name, None, {"section": section.model_dump(mode="json")}, make)
+    reads = {"section": section.model_dump(mode="json", exclude={"checkpoint"})}
+    if checkpoint:
+        reads["checkpoint"] = file_sha256(checkpoint.expanduser())
+    return space.stage(name, None, reads, make)
 
 
 def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> Bundle:
@@ -164,13 +174,21 @@ def _parts_for(space: Workspace, teacher: Bundle) -> CachedParts:
 
 
 def resolve(space: Workspace, section: ModelSection) -> AudioMambaConfig | CPMobileConfig:
-    """The section's model for the data at hand.
+    """The section's model for the data at hand; a checkpoint that it names has been read and fits.
 
     Raises:
         RecipeError: a stem that does not fit the features.
+        ModelFileError: a checkpoint that cannot be read or does not fit.
     """
     _, n_mels, n_frames = space.spec.feature_shape
-    return section.resolve(n_mels, n_frames, len(space.labels))
+    config = section.resolve(n_mels, n_frames, len(space.labels))
+    if checkpoint := getattr(section, "checkpoint", None):
+        published = read_published(checkpoint.expanduser())
+        if section.block_type is None:
+            blocks = tuple(block.model_copy(update={"block_type": published.block_type}) for block in config.blocks)
+            config = config.model_copy(update={"blocks": blocks})
+        state_for(published, config)
+    return config
 
 
 def _fresh(space: Workspace, section: ModelSection) -> Model:

@@ -5,13 +5,17 @@ import argparse
 import pytest
 import torch
 import torch.nn.functional as F
+from audio_trees import write_tau_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_recipe import raw_recipe
 
 from aum_compress.errors import ModelFileError
 from aum_compress.models.checkpoints import load_published, read_published, resize_kernel, state_for
 from aum_compress.models.config import AudioMambaConfig, PatchStem, uniform_blocks
 from aum_compress.models.factory import build_model
+from aum_compress.pipeline import run
+from aum_compress.recipe import validate_recipe
 
 M, D, N, R, DEPTH = 16, 32, 16, 1, 2
 
@@ -234,6 +238,38 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     message = refused(saved(tmp_path, aum() | {"trap": Trap()}))
     assert "not a whole checkpoint of tensors" in message
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_recipe_starts_its_teacher_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUM_CACHE", str(tmp_path / "cache"))
+    state = aum("v1", n_classes=527)
+    path = saved(tmp_path, state)
+    later = ("reference", "student", "distill", "prune", "quantize", "budget", "export", "verify")
+    tree = write_tau_tree(tmp_path / "tree")
+    raw = raw_recipe(tree, **dict.fromkeys(later))
+    raw["teacher"] |= {"depth": DEPTH, "checkpoint": str(path)}
+    trained = validate_recipe(raw, "test")
+    bundle = run(trained, tmp_path / "out").bundles["teacher"]
+    assert {block.block_type for block in bundle.card.model.blocks} == {"v1"}
+    named, *notes = bundle.card.notes["checkpoint"]
+    assert named == str(path)
+    assert [note.partition(":")[0] for note in notes] == ["patch_embed.proj.weight", "pos_embed.pos_embed", "head"]
+    moved = bundle.tensors()["layers.1.norm.weight"] - state["layers.1.norm.weight"]
+    assert moved.abs().max() < 0.1  # one epoch away from where it started
+
+    created = bundle.card.created
+    assert run(trained, tmp_path / "out").bundles["teacher"].card.created == created
+    hashes = {bundle.card.inputs_sha256}
+    saved(tmp_path, aum("none"))  # another file under the same name
+    hashes.add(run(trained, tmp_path / "out").bundles["teacher"].card.inputs_sha256)
+    assert len(hashes) == 2
+
+    raw["teacher"]["block_type"] = "v2"
+    with pytest.raises(ModelFileError, match="2 blocks of type none"):
+        run(validate_recipe(raw, "test"), tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        run(trained, tmp_path / "out")
 
 
 def test_half_precision_is_widened(tmp_path):

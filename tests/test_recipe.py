@@ -79,6 +79,16 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
         (["verify.clips=3"], "verify: needs an export section"),
         (["student.train.augment.device_response_p=0.5"], "device_response_p needs device_response_folder"),
         (["reference={preset: cp-mobile, depth: 3, train: {epochs: 1}}"], "depth cannot be changed"),
+        (["reference={preset: cp-mobile, checkpoint: a.pth, train: {epochs: 1}}"], "checkpoint cannot be changed"),
+        (
+            ["reference={preset: cp-mobile, train: {epochs: 1, activation_checkpointing: true}}"],
+            "reference: train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none",
+        ),
+        (
+            ["student.preset=cp-mobile", "distill={teachers: [x], train: {epochs: 1, activation_checkpointing: true}}"],
+            "distill.train.activation_checkpointing: works on Mamba blocks",
+        ),
+        (["student.position=rope", "student.directions=3"], "student.directions: unknown key"),
         (["student"], "--set student: wanted section.key=value"),
         (["seed.x=1"], "--set seed.x=1: seed is not a section"),
     ],
@@ -118,6 +128,15 @@ def test_sections_resolve_to_configurations():
     assert isinstance(ModelSection(preset="cp-mobile").resolve(256, 65, 10), CPMobileConfig)
     wide = StudentSection(d_inner=80).resolve(256, 65, 10)
     assert {block.d_inner for block in wide.blocks} == {80}
+
+
+def test_head_positions_and_blocks_are_chosen_in_the_recipe(minimal):
+    settings = ["student.head=mlp", "student.position=rope", "student.block_type=v1"]
+    config = load_recipe(minimal, settings).student.resolve(256, 65, 10)
+    assert (config.head, config.position, config.blocks[0].block_type) == ("mlp", "rope", "v1")
+    assert load_recipe(minimal, ["student.directions=1"]).student.block_type == "none"  # as recipes once said it
+    with pytest.raises(RecipeError, match="d_model 62 must be a multiple of 4"):
+        load_recipe(minimal, [*settings, "student.d_model=62"]).student.resolve(256, 65, 10)
 
 
 def test_stem_that_does_not_fit_is_a_recipe_error():

@@ -75,6 +75,14 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+def test_activation_checkpointing_trains_the_same_and_stays_out_of_the_model(parts, tmp_path):
+    plain, first = train(parts, tmp_path / "plain", epochs=1)
+    checkpointed, second = train(parts, tmp_path / "checkpointed", epochs=1, activation_checkpointing=True)
+    assert first.history == second.history
+    assert same(plain, checkpointed)
+    assert checkpointed.config == plain.config
+
+
 AUGMENT = AugmentConfig(
     mixstyle_p=0.5, mixup_alpha=0.3, frequency_mask_mels=3, time_mask_frames=2, time_roll_seconds=0.02
 )
@@ -175,8 +183,8 @@ def test_waveform_batches_pass_through_device_responses(waveforms, tmp_path):
     augment = AugmentConfig(device_response_p=1.0, device_response_folder=folder)
     heard, _ = train(waveforms, tmp_path / "b", augment=augment)
     assert not same(plain, heard)
+    gone = AugmentConfig(device_response_p=1.0, device_response_folder=tmp_path / "none")
     with pytest.raises(DataError, match="no such folder"):
-        gone = AugmentConfig(device_response_p=1.0, device_response_folder=tmp_path / "none")
         train(waveforms, tmp_path / "c", augment=gone)
 
 

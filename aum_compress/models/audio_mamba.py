@@ -73,7 +73,7 @@ class AudioMamba(nn.Module):
             # what a block adds is turned on its way to the next one, as in AuM
             between = turns if number < len(self.layers) else None
             if self.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, between, use_reentrant=False)
+                tokens = checkpoint(block, tokens, between, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, between)
         tokens = self.norm_f(tokens)

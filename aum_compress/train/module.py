@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from aum_compress.audio import augment
 from aum_compress.audio.config import InputSpec
 from aum_compress.audio.frontend import front_end_module
+from aum_compress.models.audio_mamba import AudioMamba
 from aum_compress.recipe_schema import DistillSection, TrainConfig
 from aum_compress.train.losses import distillation_loss, label_loss
 
@@ -39,6 +40,8 @@ class TrainingModule(L.LightningModule):
         super().__init__()
         # convolutions on the CPU run a fifth faster with channels last; `fit` gives the model back as it came
         self.model = model.to(memory_format=torch.channels_last)
+        if isinstance(model, AudioMamba):
+            model.activation_checkpointing = config.activation_checkpointing
         self.spec = spec
         self.config = config
         self.n_classes = n_classes
