@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from aum_compress import __version__
 from aum_compress.cli_data import data_app, recipes_app
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, print_json
-from aum_compress.console import log, say, show
+from aum_compress.console import log, log_error, say, show
 from aum_compress.errors import AumError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -31,7 +31,7 @@ class _Guard(TyperGroup):
             sys.stdout.flush()
             return result
         except AumError as error:
-            log(f"error: {error}")
+            log_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             log("interrupted. Finished stages are kept; the same command goes on from there")
@@ -41,7 +41,7 @@ class _Guard(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
-            log(f"error: {error.filename or 'output'}: {error.strerror or error}. Free space or mend its permissions")
+            log_error(f"{error.filename or 'output'}: {error.strerror or error}. Free space or mend its permissions")
             raise typer.Exit(AumError.exit_code) from None
 
 
@@ -134,6 +134,8 @@ def _run(
     from aum_compress.report.tables import print_report
 
     outcome = run_recipe(loaded, out_dir or run_dir, until)
+    if outcome is None:  # one of several processes: the first one shows what came of it
+        return
     if as_json:
         print_json(outcome.report)
     else:

@@ -15,6 +15,9 @@ Advance = Callable[[int, int], None]
 out = Console(highlight=False, soft_wrap=True)
 log_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_process = ""
+"""Its name, where another process shows what goes on."""
+
 PIPE_COLUMNS = 250
 PLAIN_SECONDS = 10.0
 """In a pipe, a line at most this often."""
@@ -28,9 +31,21 @@ class Reporter:
         self.note = note
 
 
+def only_errors_of(process: str) -> None:
+    """From here on this process, one of several at the same work, shows nothing but errors, and these with its name."""
+    global _process
+    _process = process
+
+
 def log(message: str) -> None:
     """One line to stderr."""
-    log_console.print(message, markup=False)
+    if not _process:
+        log_console.print(message, markup=False)
+
+
+def log_error(message: str) -> None:
+    """One line to stderr that every process shows."""
+    log_console.print(f"{_process}: error: {message}" if _process else f"error: {message}", markup=False)
 
 
 def say(message: str = "") -> None:
@@ -50,6 +65,9 @@ def show(table: Table) -> None:
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Reporter]:
     """A bar on a terminal; in a pipe, plain lines now and then and one at the end."""
+    if _process:
+        yield Reporter(advance=lambda done, whole: None, note=lambda text: None)
+        return
     if log_console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

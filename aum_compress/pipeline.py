@@ -1,6 +1,6 @@
 """A recipe from audio to verified files: stages in order, each run only when what it reads has changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from filelock import FileLock, Timeout
 
 from aum_compress.budget.records import enforce
 from aum_compress.bundle import Bundle, now, tool_versions
-from aum_compress.console import log
+from aum_compress.console import log, only_errors_of
 from aum_compress.errors import AumError, RecipeError
 from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
-from aum_compress.recipe_schema import Recipe
+from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.report.schema import REPORT_SCHEMA
 from aum_compress.report.write import report_files
 from aum_compress.stages import distill, find_teachers, prune, quantise, resolve, train_on_labels
+from aum_compress.train.distributed import FirstProcessFailed, join
 from aum_compress.workspace import Workspace
 
 STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
@@ -32,8 +33,11 @@ class Outcome:
     bundles: dict[str, Bundle] = field(default_factory=dict)
 
 
-def run(recipe: Recipe, out: Path, until: str | None = None) -> Outcome:
+def run(recipe: Recipe, out: Path, until: str | None = None) -> Outcome | None:
     """Runs the stages of `recipe` up to `until` (one of `STAGES`; all when left out), below `out`.
+
+    Where its trainings want several processes (docs/distributed.md), all of them call this. The first one has the
+    outcome, or the error; the others return None, and raise only what the first one cannot know.
 
     Raises:
         AumError: whatever went wrong, with its exit code: 2 data or recipe, 3 over budget, 4 verification. Stages that
@@ -42,13 +46,25 @@ def run(recipe: Recipe, out: Path, until: str | None = None) -> Outcome:
     # up to `student` it is whichever models the recipe has
     if until in STAGES[STAGES.index("distill") :] and getattr(recipe, until) is None:
         raise RecipeError(f"{recipe.name}: has no section {until}, so that stage cannot be run; add the section")
-    space = Workspace(recipe, out)
+    wanted = STAGES[: STAGES.index(until or STAGES[-1]) + 1]
+    ranks = join(_trainings(recipe, wanted))
+    if not ranks.is_first:
+        only_errors_of(f"process {ranks.rank}")
+    if ranks.size > 1:
+        log(f"processes: {ranks.size}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    space.runs.mkdir(parents=True, exist_ok=True)
+    space = Workspace(recipe, out, ranks)
+    lock = FileLock(space.runs / ".lock", timeout=0)
     try:
-        with FileLock(space.runs / ".lock", timeout=0):
-            return _run(space, until or STAGES[-1])
+        ranks.first(lambda: _acquire(lock))
+        return _run(space, wanted)
+    except FirstProcessFailed:
+        return None
+    except KeyboardInterrupt:
+        if ranks.is_first:
+            raise
+        return None  # it reaches all processes at once, and the first one answers
     except Timeout:
         raise AumError(f"{space.runs}: another run of this recipe is at work there; wait for it or use --out") from None
     except OSError as error:
@@ -56,17 +72,41 @@ def run(recipe: Recipe, out: Path, until: str | None = None) -> Outcome:
             f"{error.filename or space.runs}: {error.strerror or error}. Free space or mend its permissions and run "
             "again: finished stages are kept"
         ) from None
+    finally:
+        lock.release()
 
 
-def _run(space: Workspace, until: str) -> Outcome:
-    recipe = space.recipe
-    wanted = STAGES[: STAGES.index(until) + 1]
-    bundles: dict[str, Bundle] = {}
+def _acquire(lock: FileLock) -> None:
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+
+
+def _trainings(recipe: Recipe, wanted: Sequence[str]) -> list[TrainConfig]:
+    """Of the stages up to the last one wanted."""
+    sections = [(name, getattr(recipe, name)) for name in wanted if name not in ("data", "verify")]
+    found = [getattr(section, "finetune" if name == "prune" else "train", None) for name, section in sections]
+    return [config for config in found if config is not None]
+
+
+def _run(space: Workspace, wanted: Sequence[str]) -> Outcome | None:
+    space.prepare()
     log(f"data: {_data_line(space)}")
-    for section in (recipe.reference, recipe.teacher, recipe.student):
-        if section is not None:
-            resolve(space, section)  # a model that does not fit is said before hours of training, not after
+    space.ranks.first(lambda: _require_models(space))
+    bundles = _trained(space, wanted)
+    return space.ranks.first(lambda: _finished(space, wanted, bundles))
 
+
+def _require_models(space: Workspace) -> None:
+    """A model that does not fit is said before hours of training, not after."""
+    for section in (space.recipe.reference, space.recipe.teacher, space.recipe.student):
+        if section is not None:
+            resolve(space, section)
+
+
+def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:
+    """The stages that make models; by name, in their order."""
+    recipe = space.recipe
+    bundles: dict[str, Bundle] = {}
     for name in ("reference", "teacher", "student"):
         section = getattr(recipe, name)
         if name in wanted and section is not None and section.train is not None:
@@ -77,11 +117,19 @@ def _run(space: Workspace, until: str) -> Outcome:
         "prune": lambda parent: prune(space, parent, teachers),
         "quantize": lambda parent: quantise(space, parent),
     }
-    newest = full = bundles.get("student")
+    newest = bundles.get("student")
     for name, step in steps.items():
         if name in wanted and getattr(recipe, name) is not None:
             newest = bundles[name] = step(newest)
-            full = full if name == "quantize" else newest
+    return bundles
+
+
+def _finished(space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle]) -> Outcome:
+    """What follows from the models, on the first process: budget, export, verification, report."""
+    recipe = space.recipe
+    floats = [bundles[name] for name in ("student", "distill", "prune") if name in bundles]
+    full, quantized = floats[-1] if floats else None, bundles.get("quantize")
+    newest = quantized or full
     if newest is None or "budget" not in wanted:
         return _report_without_export(space, bundles)
 
@@ -89,9 +137,8 @@ def _run(space: Workspace, until: str) -> Outcome:
         _check_budget(space, newest)
     if not recipe.export or "export" not in wanted:
         return _report_without_export(space, bundles)
-    quantized = bundles.get("quantize")
     exported = export(space, full, quantized)
-    if until == "export":
+    if wanted[-1] == "export":
         return _report_without_export(space, bundles)
     if (report := published(space, exported)) is None:
         shipped = verify_and_measure(space, exported, full, quantized)

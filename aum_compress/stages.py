@@ -1,6 +1,5 @@
 """The stages that make models: reference, teacher, student, distill, prune, quantize."""
 
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,13 @@ from aum_compress.bundle import Bundle, file_sha256, read_bundle
 from aum_compress.compress.prune import PruneResult, prune_d_inner
 from aum_compress.compress.quantize import quantize, signal_to_noise_db
 from aum_compress.console import log, progress
-from aum_compress.data.cache import CachedParts, cache_index
+from aum_compress.data.cache import CachedClips, CachedParts, cache_index
 from aum_compress.errors import BundleError
 from aum_compress.models.checkpoints import load_published, read_published, state_for
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model
 from aum_compress.recipe_schema import ModelSection, TrainConfig
+from aum_compress.train.distributed import ALONE, Ranks
 from aum_compress.train.fit import FitResult, fit
 from aum_compress.train.losses import distillation_loss, label_loss
 from aum_compress.train.predict import predict_logits
@@ -42,25 +42,24 @@ def train_on_labels(space: Workspace, name: str) -> Bundle:
             notes["checkpoint"] = [str(checkpoint), *load_published(model, checkpoint.expanduser())]
             log(f"{name}: starts from {'; '.join(notes['checkpoint'])}")
         result = _fit(space, model, section.train, work_dir, name)
-        shutil.rmtree(work_dir, ignore_errors=True)
         made = _made(model, result)
         return Made(made.model, made.metrics, made.notes | notes)
 
     reads = {"section": section.model_dump(mode="json", exclude={"checkpoint"})}
     if checkpoint:
         reads["checkpoint"] = file_sha256(checkpoint.expanduser())
-    return space.stage(name, None, reads, make)
+    return space.stage(name, None, reads, make, space.workers(section.train))
 
 
 def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> Bundle:
     """Stage `distill`: the student (fresh, or `start`) trained on labels and the teachers' averaged logits."""
     section, student = space.recipe.distill, space.recipe.student
+    workers = space.workers(section.train)
 
     def make(work_dir: Path) -> Made:
-        logits = teacher_logits(space, teachers)
+        logits = teacher_logits(space, teachers, workers)
         model = start.load_model() if start else _fresh(space, student)
         result = _fit(space, model, section.train, work_dir, "distill", logits)
-        shutil.rmtree(work_dir, ignore_errors=True)
         return _made(model, result)
 
     architecture = student.model_dump(mode="json", exclude={"train"})
@@ -69,16 +68,17 @@ def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> B
         "student": architecture,
         "teachers": [t.sha256 for t in teachers],
     }
-    return space.stage("distill", start, reads, make)
+    return space.stage("distill", start, reads, make, workers)
 
 
 def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
     """Stage `prune`: channels removed in equal steps, the model fine-tuned after each."""
     section = space.recipe.prune
+    workers = space.workers(section.finetune)
     step_ratio = 1 - (1 - section.ratio) ** (1 / section.steps)
 
     def make(work_dir: Path) -> Made:
-        logits = teacher_logits(space, teachers) if teachers else None
+        logits = teacher_logits(space, teachers, workers) if teachers else None
         model = parent.load_model()
         widths: list[PruneResult] = []
         result: FitResult | None = None
@@ -89,12 +89,11 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
                 importance=section.importance,
                 round_to=section.round_to,
                 max_block_ratio=section.max_block_ratio,
-                backward=partial(_backward, space, logits),
+                backward=partial(_backward, space, logits, workers),
             )
             widths.append(removed)
             title = f"prune: step {step}/{section.steps}, d_inner {list(removed.d_inner_after)}"
             result = _fit(space, model, section.finetune, work_dir / f"step-{step}", title, logits)
-        shutil.rmtree(work_dir, ignore_errors=True)
         made = _made(model, result)
         notes = {"steps": [{"before": w.d_inner_before, "after": w.d_inner_after} for w in widths]}
         return Made(made.model, made.metrics, made.notes | notes)
@@ -105,7 +104,7 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
         "distill": distillation,
         "teachers": [t.sha256 for t in teachers],
     }
-    return space.stage("prune", parent, reads, make)
+    return space.stage("prune", parent, reads, make, workers)
 
 
 def quantise(space: Workspace, parent: Bundle) -> Bundle:
@@ -132,11 +131,13 @@ def quantise(space: Workspace, parent: Bundle) -> Bundle:
     return space.stage("quantize", parent, {"section": section.model_dump(mode="json")}, make)
 
 
-def teacher_logits(space: Workspace, teachers: list[Bundle]) -> Tensor:
-    """(n,C) averaged logits for the training clips, computed once for each teacher and kept by clip and checksum."""
-    train = space.parts.train
-    ids = [clip.clip_id for clip in train.clips]
-    found = []
+def teacher_logits(space: Workspace, teachers: list[Bundle], workers: Ranks = ALONE) -> Tensor:
+    """(n,C) averaged logits for the training clips, computed once for each teacher and kept by clip and checksum.
+
+    Args:
+        workers: the processes that call this; they share the computing, the first one keeps the file.
+    """
+    paths = []
     for teacher in teachers:
         if teacher.card.labels != space.labels:
             raise BundleError(
@@ -145,13 +146,25 @@ def teacher_logits(space: Workspace, teachers: list[Bundle]) -> Tensor:
         path = (
             space.runs / "teacher-logits" / f"{teacher.card.stage}-{teacher.sha256[:12]}-{space.data_sha256[:12]}.npz"
         )
-        if not path.is_file():
-            parts = _parts_for(space, teacher)
+        paths.append(path)
+        if not workers.agree(path.is_file()):
+            model, heard = teacher.load_model(), _parts_for(space, teacher).train
             with progress(f"distill: logits of {teacher.card.stage}") as reporter:
-                logits = predict_logits(teacher.load_model(), parts.train, teacher.card.input, reporter.advance)
-            save_logits(path, [c.clip_id for c in parts.train.clips], parts.train.checksums, logits, space.labels)
-        found.append(load_logits(path, ids, train.checksums, space.labels))
-    return torch.from_numpy(average_logits(found))
+                logits = predict_logits(model, heard, teacher.card.input, reporter.advance, workers)
+            workers.first(partial(_save_logits, path, heard, logits, space.labels))
+    logits = torch.empty(len(space.parts.train), len(space.labels))
+    workers.first(lambda: logits.copy_(torch.from_numpy(_average(paths, space.parts.train, space.labels))))
+    workers.from_first([logits])
+    return logits
+
+
+def _save_logits(path: Path, heard: CachedClips, logits: np.ndarray, labels: tuple[str, ...]) -> None:
+    save_logits(path, [clip.clip_id for clip in heard.clips], heard.checksums, logits, labels)
+
+
+def _average(paths: list[Path], train: CachedClips, labels: tuple[str, ...]) -> np.ndarray:
+    ids = [clip.clip_id for clip in train.clips]
+    return average_logits([load_logits(path, ids, train.checksums, labels) for path in paths])
 
 
 def find_teachers(space: Workspace, stages: dict[str, Bundle]) -> list[Bundle]:
@@ -211,6 +224,7 @@ def _fit(
         description=title,
         teacher_logits=logits,
         distill=space.recipe.distill,
+        ranks=space.workers(config),
     )
 
 
@@ -219,8 +233,11 @@ def _made(model: Model, result: FitResult) -> Made:
     return Made(model, metrics, {"best_epoch": result.best_epoch, "history": result.history})
 
 
-def _backward(space: Workspace, logits: Tensor | None, model: nn.Module) -> None:
-    """Gradients of the training loss over some training clips, for the importance of channels."""
+def _backward(space: Workspace, logits: Tensor | None, workers: Ranks, model: nn.Module) -> None:
+    """Gradients of the training loss over some training clips, for the importance of channels.
+
+    All of `workers` get those of the first: another machine's rounding must not choose another channel.
+    """
     train = space.parts.train
     number = {label: place for place, label in enumerate(space.labels)}
     rows = np.unique(np.linspace(0, len(train) - 1, IMPORTANCE_BATCHES * BATCH).astype(np.int64))
@@ -241,6 +258,7 @@ def _backward(space: Workspace, logits: Tensor | None, model: nn.Module) -> None
                 kl_reduction=section.kl_reduction,
             )
         loss.backward()
+    workers.from_first(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def _batches(clips: Tensor, advance) -> Iterator[Tensor]:

@@ -1,5 +1,8 @@
 """What all stages of one run share: folders, prepared data, and the rule by which a stage is run or skipped."""
 
+import shutil
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,10 +33,12 @@ from aum_compress.console import log, progress
 from aum_compress.data.cache import CachedParts, cache_index, feature_statistics
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.data.index import load_index
+from aum_compress.errors import BundleError, DataError
 from aum_compress.models.factory import Model
 from aum_compress.models.quantized import stored_tensors
 from aum_compress.recipe import dump_recipe
 from aum_compress.recipe_schema import Recipe, TrainConfig
+from aum_compress.train.distributed import ALONE, Ranks, is_shared
 from aum_compress.train.metrics import classification_metrics
 from aum_compress.train.predict import predict_logits
 
@@ -48,6 +53,8 @@ FOLDERS = {
 }
 """Stage -> folder of its bundle below runs/<recipe>/."""
 
+LATEST_SIGHT_SECONDS = 60
+
 
 @dataclass
 class Workspace:
@@ -55,6 +62,8 @@ class Workspace:
 
     recipe: Recipe
     out: Path
+    ranks: Ranks = ALONE
+    """The processes that walk the stages together."""
 
     @property
     def runs(self) -> Path:
@@ -112,9 +121,28 @@ class Workspace:
             [[(c.clip_id, c.label, s) for c, s in zip(part.clips, part.checksums, strict=True)] for part in parts]
         )
 
+    def prepare(self) -> None:
+        """Reads the data, the first process before the others: they find in the cache what they share with it.
+
+        Raises:
+            DataError: a process that has other data than the first one.
+        """
+        self.ranks.first(lambda: self.inputs_sha256("data", {}))
+        if not self.ranks.same(self.inputs_sha256("data", {})):
+            raise DataError(
+                f"{socket.gethostname()}: hears other audio, or has another version of aum-compress, than the first "
+                "process. All machines need the same files at data.root"
+            )
+
+    def workers(self, config: TrainConfig) -> Ranks:
+        """Who takes part in this training."""
+        return self.ranks if is_shared(config) else ALONE
+
     def data_module(self, config: TrainConfig) -> ClipsDataModule:
+        """This process' share of the batches."""
         parts = self.waveforms if config.augment.device_response_p else self.parts
-        return ClipsDataModule(parts, config.batch_size, self.recipe.seed)
+        ranks = self.workers(config)
+        return ClipsDataModule(parts, config.batch_size, self.recipe.seed, rank=ranks.rank, world_size=ranks.size)
 
     def normalised(self, part: str, count: int) -> np.ndarray:
         """(count,1,F,T) normalised features of clips evenly spread over a part (`train`, `validation`, `test`)."""
@@ -130,21 +158,51 @@ class Workspace:
         devices = [clip.device for clip in clips]
         return classification_metrics(logits, targets, self.labels, devices, self.parts.index.seen_devices)
 
-    def stage(self, name: str, parent: Bundle | None, reads: dict[str, Any], make: Callable[[Path], "Made"]) -> Bundle:
+    def stage(
+        self,
+        name: str,
+        parent: Bundle | None,
+        reads: dict[str, Any],
+        make: Callable[[Path], "Made"],
+        workers: Ranks = ALONE,
+    ) -> Bundle:
         """The bundle of stage `name`: the one on disk if it was made from the same inputs, else `make`'s result.
 
         Args:
             reads: everything besides data, parent, seed and version that decides the result.
             make: called with a folder for checkpoints that belongs to exactly these inputs.
+            workers: who calls `make`: all processes, or the first one while the others wait. It alone writes.
         """
         inputs_sha256 = self.inputs_sha256(name, reads | {"parent": parent.sha256 if parent else None})
         path = self.runs / FOLDERS[name]
-        if bundle := find_bundle(path, inputs_sha256):
+        bundle = self.ranks.first(lambda: find_bundle(path, inputs_sha256))
+        if self.ranks.agree(bundle is not None):
             log(f"{name}: nothing has changed, kept {path}")
-            return bundle
+            return bundle or self._written_by_first(path, inputs_sha256)
         work_dir = self.runs / ".work" / f"{name}-{inputs_sha256[:16]}"
-        made = make(work_dir)
-        return self._write(name, path, parent, inputs_sha256, made)
+
+        def make_and_write() -> Bundle | None:
+            made = make(work_dir)
+            with progress(f"{name}: test") as reporter:
+                logits = predict_logits(made.model, self.parts.test, self.spec, reporter.advance, workers)
+            written = workers.first(lambda: self._write(name, path, parent, inputs_sha256, made, logits))
+            if workers.is_first:
+                shutil.rmtree(work_dir, ignore_errors=True)
+            return written
+
+        bundle = make_and_write() if workers is self.ranks else self.ranks.first(make_and_write)
+        return bundle or self._written_by_first(path, inputs_sha256)
+
+    def _written_by_first(self, path: Path, inputs_sha256: str) -> Bundle:
+        """The bundle that the first process has: a network file system may show it to other machines only later."""
+        for _ in range(LATEST_SIGHT_SECONDS):
+            if bundle := find_bundle(path, inputs_sha256):
+                return bundle
+            time.sleep(1)
+        raise BundleError(
+            f"{path}: {socket.gethostname()} does not see there what the first process has written. All machines need "
+            "the same folder: name one on a shared file system with --out"
+        )
 
     def inputs_sha256(self, stage: str, reads: dict[str, Any]) -> str:
         """What decides the result of a stage: equal means that it need not run again."""
@@ -157,11 +215,11 @@ class Workspace:
         }
         return json_sha256(common | {"reads": reads})
 
-    def _write(self, name: str, path: Path, parent: Bundle | None, inputs_sha256: str, made: "Made") -> Bundle:
+    def _write(
+        self, name: str, path: Path, parent: Bundle | None, inputs_sha256: str, made: "Made", logits: np.ndarray
+    ) -> Bundle:
         model = made.model
         precision = "int8" if quantized_layer_names(model) else "fp32"
-        with progress(f"{name}: test") as reporter:
-            logits = predict_logits(model, self.parts.test, self.spec, reporter.advance)
         metrics = {"test": self.measure(logits), **made.metrics}
         files = model_files(model, self.normalised("validation", GOLDEN_CLIPS), half=precision == "int8")
         card = BundleCard(

@@ -1,5 +1,6 @@
 """Cached clips as Lightning batches."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import lightning as L
@@ -39,12 +40,18 @@ class CachedDataset(Dataset[Batch]):
 class EpochShuffle(Sampler[int]):
     """A random order that depends on seed and epoch alone, so that a resumed run sees what an unbroken one would have.
 
+    Of several processes each takes every `world_size`-th clip of the same order: batch k of all of them together is
+    batch k of one process with `world_size` times the batch size. All take equally many, as each step needs them all:
+    where the clips do not divide evenly, the order's first ones fill it up.
+
     Lightning calls `set_epoch` before each training epoch.
     """
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.n = n
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -52,46 +59,70 @@ class EpochShuffle(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n
+        return -(-self.n // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
         # of the pair, not the sum: epoch 1 of seed 0 is not epoch 0 of seed 1
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.n).tolist()
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        yield from np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size].tolist()
 
 
 class ClipsDataModule(L.LightningDataModule):
-    """Training, validation and test batches of a cached data set.
+    """Training, validation and test batches of a cached data set, or the share of them of one process among several.
 
     Every clip comes once an epoch: training clips in an order of the epoch's own, the others as they stand. The third
     tensor of a training batch finds teacher logits and checksums: it counts into `parts.train.clips`.
     """
 
-    def __init__(self, parts: CachedParts, batch_size: int, seed: int, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        parts: CachedParts,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Args: batch_size of each process."""
         super().__init__()
         self.parts = parts
         self.labels = parts.index.labels
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.rank = rank
+        self.world_size = world_size
 
     @property
     def train_clips(self) -> int:
         """How many clips an epoch has."""
         return len(self.parts.train)
 
+    @property
+    def train_batches(self) -> int:
+        """How many batches this process, like each other one, has in an epoch."""
+        return math.ceil(len(self._train_order()) / self.batch_size)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled anew each epoch."""
-        return self._loader(self.parts.train, EpochShuffle(self.train_clips, self.seed))
+        return self._loader(self.parts.train, self._train_order())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """All validation clips in order."""
-        return self._loader(self.parts.validation)
+        """The validation clips in order: no clip twice, so that the processes' shares may differ by one."""
+        return self._loader(self.parts.validation, self._as_they_stand(self.parts.validation))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """All test clips in order."""
-        return self._loader(self.parts.test)
+        """The test clips in the same way."""
+        return self._loader(self.parts.test, self._as_they_stand(self.parts.test))
 
-    def _loader(self, cached: CachedClips, sampler: EpochShuffle | None = None) -> DataLoader:
+    def _train_order(self) -> EpochShuffle:
+        return EpochShuffle(self.train_clips, self.seed, self.rank, self.world_size)
+
+    def _as_they_stand(self, cached: CachedClips) -> range:
+        return range(self.rank, len(cached), self.world_size)
+
+    def _loader(self, cached: CachedClips, sampler: EpochShuffle | range) -> DataLoader:
         return DataLoader(
             CachedDataset(cached, self.labels),
             batch_size=self.batch_size,

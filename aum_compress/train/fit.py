@@ -20,6 +20,7 @@ from aum_compress.console import Reporter, log, progress
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.errors import AumError
 from aum_compress.recipe_schema import DistillSection, TrainConfig
+from aum_compress.train.distributed import ALONE, FirstProcessFailed, Ranks, lost_process
 from aum_compress.train.module import TrainingModule
 
 
@@ -45,19 +46,26 @@ def fit(
     description: str,
     teacher_logits: Tensor | None = None,
     distill: DistillSection | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Trains `model` in place and leaves the weights of the best validation epoch in it.
 
     Args:
+        data: this process' share of the batches.
         work_dir: checkpoints of this very run (the caller derives its name from all that decides the result); a run
             that finds its own checkpoint there goes on behind it.
         log_dir: where the logger named in `config` writes.
         teacher_logits: (n,C) for the training clips, in the data module's order; needs `distill`.
+        ranks: processes that all call this, and all get the same weights and figures. A step averages their gradients:
+            it is the step of one process with `ranks.size` times the batch. Batch normalisation sees the whole batch on
+            GPUs; on CPUs each process' own, as torch has no other there.
 
     Raises:
-        AumError: training diverged (loss not finite), or a precision, device or strategy that this machine lacks.
+        AumError: training diverged (loss not finite), a precision, device or strategy that this machine lacks, fewer
+            validation clips than processes, or a process that has ended.
+        FirstProcessFailed: on the other processes, when the first one reports one of these.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
+    ranks.first(lambda: _prepare(work_dir, data, ranks))
     # its hints on hardware, workers and services are no concern of a recipe's user
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
@@ -65,9 +73,10 @@ def fit(
     responses = None
     if folder is not None and config.augment.device_response_p:
         responses = DeviceResponses(folder, spec.front_end.sample_rate_hz)
-    batches = math.ceil(data.train_clips / config.batch_size)
+    batches = data.train_batches
     module = TrainingModule(
-        model,
+        # a copy: synchronised batch normalisation replaces modules, and training wants another memory format
+        copy.deepcopy(model),
         spec,
         config,
         n_classes=n_classes,
@@ -77,7 +86,7 @@ def fit(
         teacher_logits=teacher_logits,
         distill=distill,
     )
-    history = _History()
+    history = _History(ranks)
     best = ModelCheckpoint(
         work_dir, filename="best", monitor="val_accuracy", mode="max", save_top_k=1, enable_version_counter=False
     )
@@ -87,17 +96,32 @@ def fit(
     with progress(description) as reporter, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         callbacks = [best, newest, history, _ProgressCallback(reporter, config.epochs, batches)]
-        trainer = _trainer(config, callbacks, work_dir, log_dir)
-        _run(trainer, module, data, last if _is_whole(last, description) else None)
-    if not best.best_model_path:
-        raise AumError(f"{description}: no epoch gave a finite validation accuracy. Lower learning_rate")
-    weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
-    model.cpu().to(memory_format=torch.contiguous_format).eval()
+        trainer = _trainer(config, callbacks, work_dir, log_dir, ranks)
+        goes_on = ranks.agree(ranks.is_first and _is_whole(last, description))
+        _run(trainer, module, data, last if goes_on else None)
+    ranks.first(lambda: _load_best(model, best.best_model_path, description))
+    ranks.from_first(model.state_dict().values())
+    model.eval()
     score = 100 * float(best.best_model_score)
     rows = history.rows
     best_epoch = next((row["epoch"] for row in rows if math.isclose(row["val_accuracy"], score, abs_tol=1e-4)), 0)
     return FitResult(best_epoch, score, rows)
+
+
+def _prepare(work_dir: Path, data: ClipsDataModule, ranks: Ranks) -> None:
+    if (clips := len(data.parts.validation)) < ranks.size:
+        raise AumError(
+            f"train.devices, train.nodes: {ranks.size} processes cannot share {clips} validation clips; wanted at most "
+            "as many processes as clips"
+        )
+    work_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _load_best(model: nn.Module, checkpoint: str, description: str) -> None:
+    if not checkpoint:
+        raise AumError(f"{description}: no epoch gave a finite validation accuracy. Lower learning_rate")
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
 
 
 def _run(trainer: L.Trainer, module: TrainingModule, data: ClipsDataModule, checkpoint: Path | None) -> None:
@@ -117,6 +141,8 @@ def _run(trainer: L.Trainer, module: TrainingModule, data: ClipsDataModule, chec
             raise AumError(
                 f"{trainer.default_root_dir}: checkpoint cannot be written: {error}. Free space and run again"
             ) from None
+        if lost := lost_process(error):
+            raise lost from None
         raise
 
 
@@ -134,14 +160,19 @@ def _is_whole(checkpoint: Path, description: str) -> bool:
     return True
 
 
-def _trainer(config: TrainConfig, callbacks: list, work_dir: Path, log_dir: Path) -> L.Trainer:
+def _trainer(config: TrainConfig, callbacks: list, work_dir: Path, log_dir: Path, ranks: Ranks) -> L.Trainer:
+    # one process among waiting others must not train with them
+    alone_among_others = ranks.size == 1 and torch.distributed.is_initialized()
     try:
         return L.Trainer(
             max_epochs=config.epochs,
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.nodes,
-            strategy=config.strategy,
+            strategy="auto" if alone_among_others else config.strategy,
+            use_distributed_sampler=False,  # the data module gives each process its share
+            # torch synchronises it on GPUs alone
+            sync_batchnorm=ranks.size > 1 and torch.cuda.is_available() and config.accelerator != "cpu",
             precision={"32": "32-true"}.get(config.precision, config.precision),
             accumulate_grad_batches=config.accumulate_batches,
             gradient_clip_val=config.gradient_clip,
@@ -177,10 +208,12 @@ def _logger(name: str, log_dir: Path):
 class _History(L.Callback):
     """The curve by epoch; part of the checkpoint, so that a resumed run has the whole of it.
 
-    A loss that is not finite ends the run at once.
+    A loss that is not finite ends a process alone at once, and several at the end of the epoch: all together, so that
+    none waits for one that has gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.rows: list[dict[str, float]] = []
         self.losses: list[float] = []
 
@@ -189,19 +222,28 @@ class _History(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
-        if not math.isfinite(self.losses[-1]):
-            raise AumError(
-                f"training diverged in epoch {trainer.current_epoch + 1}: the loss is {self.losses[-1]}. "
-                "Lower learning_rate, raise warmup_epochs, or use precision 32"
-            )
+        if self.ranks.size == 1:
+            self._require_finite(self.losses[-1], trainer)
+
+    def _require_finite(self, loss: float, trainer: L.Trainer) -> None:
+        if math.isfinite(loss):
+            return
+        if not self.ranks.is_first:
+            raise FirstProcessFailed
+        raise AumError(
+            f"training diverged in epoch {trainer.current_epoch + 1}: the loss is {loss}. "
+            "Lower learning_rate, raise warmup_epochs, or use precision 32"
+        )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # the logged train_loss is known only after validation
+        train_loss = self.ranks.mean(sum(self.losses) / len(self.losses))
+        self._require_finite(train_loss, trainer)
         metrics = trainer.callback_metrics
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
-                # this process' share of the clips; the logged train_loss is known only after validation
-                "train_loss": sum(self.losses) / len(self.losses),
+                "train_loss": train_loss,
                 "val_loss": float(metrics["val_loss"]),
                 "val_accuracy": 100 * float(metrics["val_accuracy"]),
             }

@@ -19,8 +19,8 @@ from aum_compress.train.losses import distillation_loss, label_loss
 class TrainingModule(L.LightningModule):
     """Trains `model` on batches `(x, y, index)`: x (B,S) waveforms or (B,1,F,T) features, y and index of the clip (B,).
 
-    All random choices of a step come from a generator seeded by (seed, epoch, batch): a resumed run draws what the
-    unbroken one would have drawn.
+    All random choices of a step are seeded by (seed, epoch, batch, process): a resumed run draws what the unbroken one
+    would have drawn, and each process draws its own.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """Args: teacher_logits (n,C), row `index` of each batch; responses: for waveforms only."""
         super().__init__()
-        # convolutions on the CPU run a fifth faster with channels last; `fit` gives the model back as it came
+        # convolutions on the CPU run a fifth faster with channels last
         self.model = model.to(memory_format=torch.channels_last)
         if isinstance(model, AudioMamba):
             model.activation_checkpointing = config.activation_checkpointing
@@ -52,12 +52,16 @@ class TrainingModule(L.LightningModule):
         self.front_end = front_end_module(spec.front_end)
         # not a buffer: the checkpoint must not carry it
         self.teacher_logits = teacher_logits
-        self.validation_accuracy = MulticlassAccuracy(n_classes, average="macro")
+        # by itself it would wait for all processes that are there, also in a training that the first one does alone
+        self.validation_accuracy = MulticlassAccuracy(
+            n_classes, average="macro", distributed_available_fn=lambda: self.trainer.world_size > 1
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y, index = batch
         place = (self.seed * 10_007 + self.current_epoch) * 1_000_003 + batch_idx * 1_009 + self.global_rank
         generator = torch.Generator().manual_seed(place % 2**63)
+        torch.manual_seed(place % 2**63)  # dropout
         features = self._augmented(x, generator)
         teacher = None if self.teacher_logits is None else self.teacher_logits[index.cpu()].to(features.device)
         targets = y
@@ -100,6 +104,12 @@ class TrainingModule(L.LightningModule):
         if config.time_mask_frames:
             x = augment.time_mask(x, config.time_mask_frames, generator)
         return x
+
+    def on_validation_epoch_start(self) -> None:
+        """What is validated is what the first process saves, its batch statistics too."""
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         x, y, _ = batch
