@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.export.metadata import OnnxMetadata, Precision
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.verify import Reference
@@ -16,7 +16,7 @@ from aum_compress.models.quantized import quantizable_layers, swap_in_quantized
 
 LABELS = ("airport", "bus", "metro", "park")
 SPEC = InputSpec(
-    front_end=FrontEndConfig(sample_rate_hz=8000, n_fft=512, window_samples=400, hop_samples=250, n_mels=32),
+    front_end=LogMelConfig(sample_rate_hz=8000, n_fft=512, window_samples=400, hop_samples=250, n_mels=32),
     clip_seconds=0.5,
     mean=-4.0,
     std=3.0,

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs, einsum_macs, front_end_macs, scan_macs
 from aum_compress.budget.check import check_bundle, check_model, check_preset
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, agree, enforce
@@ -22,7 +22,7 @@ from aum_compress.models.presets import PRESETS
 from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
 from aum_compress.report.budget_table import budget_lines, budget_table
 
-FRONT_END = FrontEndConfig(sample_rate_hz=8000, n_fft=512, window_samples=512, hop_samples=500, n_mels=32)
+FRONT_END = LogMelConfig(sample_rate_hz=8000, n_fft=512, window_samples=512, hop_samples=500, n_mels=32)
 SPEC = InputSpec(front_end=FRONT_END, clip_seconds=1.0)
 CONFIG = AudioMambaConfig(
     n_mels=32,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import numpy_helper, parser
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.check import check_bundle, check_model
 from aum_compress.budget.check_onnx import check_onnx
@@ -24,7 +24,7 @@ from aum_compress.models.factory import Model, build_model, fold_batch_norm
 from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
 
 SPEC = InputSpec(
-    front_end=FrontEndConfig(sample_rate_hz=8000, n_fft=512, window_samples=512, hop_samples=500, n_mels=32),
+    front_end=LogMelConfig(sample_rate_hz=8000, n_fft=512, window_samples=512, hop_samples=500, n_mels=32),
     clip_seconds=1.0,
 )
 BOTH_WAYS = BlockConfig(d_inner=10, d_state=3, dt_rank=2)

@@ -12,7 +12,7 @@ import soundfile
 from audio_trees import SECONDS, TAU_RATE_HZ, noise, tau_names, write_tau_tree
 
 from aum_compress.audio import front_ends
-from aum_compress.audio.config import FrontEndConfig
+from aum_compress.audio.config import LogMelConfig
 from aum_compress.audio.reading import audio_checksum, read_audio
 from aum_compress.data import cache
 from aum_compress.data.cache import CachedClips, CachedParts, cache_clips, cache_index, feature_statistics
@@ -21,7 +21,7 @@ from aum_compress.data.config import TauData, cache_root
 from aum_compress.data.tau import load_tau
 from aum_compress.errors import DataError
 
-FRONT_END = FrontEndConfig(sample_rate_hz=8000, n_fft=256, window_samples=200, hop_samples=80, n_mels=20)
+FRONT_END = LogMelConfig(sample_rate_hz=8000, n_fft=256, window_samples=200, hop_samples=80, n_mels=20)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_other_cut_into_parts_is_the_same_entry(shared_tree: Path, tmp_path: Pat
 
 
 def test_key_follows_files_and_front_end(few: tuple[Clip, ...], tmp_path: Path) -> None:
-    def entry(front_end: FrontEndConfig = FRONT_END, what: str = "logmel", clip_seconds: float = SECONDS) -> Path:
+    def entry(front_end: LogMelConfig = FRONT_END, what: str = "logmel", clip_seconds: float = SECONDS) -> Path:
         return cache_clips(few, front_end, clip_seconds, what=what, cache_dir=tmp_path).path
 
     more_mels = FRONT_END.model_copy(update={"n_mels": 24})

@@ -8,13 +8,13 @@ import torch
 from audio_trees import SECONDS, write_tau_tree
 from torch import nn
 
-from aum_compress.audio.config import FrontEndConfig
+from aum_compress.audio.config import LogMelConfig
 from aum_compress.data.cache import CachedParts, cache_index
 from aum_compress.data.config import TauData
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.data.tau import load_tau
 
-FRONT_END = FrontEndConfig(sample_rate_hz=8000, n_fft=256, window_samples=200, hop_samples=80, n_mels=20)
+FRONT_END = LogMelConfig(sample_rate_hz=8000, n_fft=256, window_samples=200, hop_samples=80, n_mels=20)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from audio_trees import noise, write_class_folders, write_table
 
-from aum_compress.audio.config import FrontEndConfig
+from aum_compress.audio.config import LogMelConfig
 from aum_compress.data.cache import cache_index
 from aum_compress.data.clips import DataIndex
 from aum_compress.data.config import FolderData
@@ -58,7 +58,7 @@ def test_formats_rates_channels_and_lengths(tmp_path: Path) -> None:
     assert (windows["bark/STEREO.WAV"], windows["bark/a.flac"], windows["rain/b.Ogg"]) == (2, 2, 2)
     assert (windows["rain/deep/c.mp3"], windows["rain/short.wav"], windows["rain/notes.txt"]) == (3, 1, 0)
 
-    parts = cache_index(index, FrontEndConfig(sample_rate_hz=8000), what="waveform", cache_dir=tmp_path / "cache")
+    parts = cache_index(index, LogMelConfig(sample_rate_hz=8000), what="waveform", cache_dir=tmp_path / "cache")
     cached = {
         clip.clip_id: part[[k]][0]
         for part in (parts.train, parts.validation, parts.test)

@@ -1,6 +1,6 @@
 import pytest
 
-from aum_compress.audio.config import FrontEndConfig
+from aum_compress.audio.config import LogMelConfig
 from aum_compress.errors import RecipeError
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.recipe import dump_recipe, find_recipe, load_recipe, recipe_head, recipes_folder, validate_recipe
@@ -145,5 +145,5 @@ def test_stem_that_does_not_fit_is_a_recipe_error():
 
 
 def test_front_end_clip_arithmetic():
-    front_end = FrontEndConfig()
+    front_end = LogMelConfig()
     assert (front_end.clip_samples(1.0), front_end.n_frames(1.0)) == (32_000, 65)

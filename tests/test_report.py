@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits
 from aum_compress.errors import BundleError
 from aum_compress.export.verification import TOLERANCES, Check, Verification
@@ -128,7 +128,7 @@ def report() -> dict:
             "seen_devices": SEEN,
             "unseen_devices": UNSEEN,
         },
-        "input": InputSpec(front_end=FrontEndConfig(), clip_seconds=1.0, mean=-4.25, std=4.5).model_dump(),
+        "input": InputSpec(front_end=LogMelConfig(), clip_seconds=1.0, mean=-4.25, std=4.5).model_dump(),
         "road": [
             step("teacher", "teacher (aum-tiny)", 72.37, (5_678_901, 22_715_604, 1_234_567_890)),
             step("distill", "distill (student)", 66.02, student),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from audio_trees import SECONDS, write_tau_tree
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.data.cache import cache_index
 from aum_compress.data.config import TauData
 from aum_compress.data.datamodule import ClipsDataModule
@@ -19,7 +19,7 @@ from aum_compress.train.module import parameter_groups
 from aum_compress.train.predict import predict_logits
 from aum_compress.train.teachers import average_logits, load_logits, save_logits
 
-FRONT_END = FrontEndConfig(sample_rate_hz=16_000, n_fft=512, window_samples=400, hop_samples=160, n_mels=16)
+FRONT_END = LogMelConfig(sample_rate_hz=16_000, n_fft=512, window_samples=400, hop_samples=160, n_mels=16)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import torch
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem, CPMobileConfig, PatchStem
 from aum_compress.models.factory import Model, build_model
 
 N_MELS, N_FRAMES, LABELS = 32, 17, ("bus", "park", "tram")
 SPEC = InputSpec(
-    front_end=FrontEndConfig(sample_rate_hz=16_000, n_fft=512, window_samples=400, hop_samples=1000, n_mels=N_MELS),
+    front_end=LogMelConfig(sample_rate_hz=16_000, n_fft=512, window_samples=400, hop_samples=1000, n_mels=N_MELS),
     clip_seconds=1.0,
     mean=-5.0,
     std=4.0,

@@ -94,8 +94,6 @@ def _tag(record: Any) -> Any:
     return kind_of(record) if isinstance(record, dict) else getattr(record, "kind", None)
 
 
-FrontEndConfig = LogMelConfig
-
 FrontEnd = Annotated[
     Annotated[LogMelConfig, Tag("log_mel")] | Annotated[KaldiConfig, Tag("kaldi")],
     Discriminator(

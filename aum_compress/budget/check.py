@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from aum_compress.audio.config import FrontEndConfig, InputSpec
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.dcase import INT8_NOTE, dcase_bytes, dcase_macs, holds_int8
@@ -88,7 +88,7 @@ def check_preset(
     """
     if name not in PRESETS:
         raise AumError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
-    spec = spec or InputSpec(front_end=FrontEndConfig(), clip_seconds=1.0)
+    spec = spec or InputSpec(front_end=LogMelConfig(), clip_seconds=1.0)
     _, n_mels, n_frames = spec.feature_shape
     try:
         config = PRESETS[name](n_mels, n_frames, n_classes)
