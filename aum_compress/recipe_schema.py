@@ -254,6 +254,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
         problems = []
+        if not self.features.n_frames(self.data.clip_seconds):
+            clip = self.features.clip_samples(self.data.clip_seconds)
+            problems.append(f"features.window_samples: {self.features.window_samples}, but a clip has {clip} samples")
         if self.student is None and (self.distill or self.prune or self.quantize or self.export):
             problems.append("student: needed by distill, prune, quantize and export")
         if self.student and not self.student.train and not self.distill:

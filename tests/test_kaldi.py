@@ -25,6 +25,7 @@ from aum_compress.data.cache import cache_clips, feature_statistics
 from aum_compress.data.clips import Clip
 from aum_compress.errors import DataError, ModelFileError, RecipeError
 from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.verify_structure import check_identity
 from aum_compress.pipeline import run
 
 AUM = KaldiConfig()
@@ -164,6 +165,7 @@ def test_a_record_without_kind_is_a_log_mel():
     metadata = OnnxMetadata(labels=("bus", "tram"), input=old, precision="fp32")
     assert metadata.front_end == spec.front_end.model_dump()
     assert metadata.feature_shape == spec.feature_shape
+    assert all(check.passed for check in check_identity(metadata, ("bus", "tram"), spec, "the card"))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,8 @@ def test_wrong_metadata_is_refused(changes, message):
 def test_recipes_name_the_place_of_a_wrong_key(tmp_path):
     with pytest.raises(RecipeError, match=r"features\.hop_sample: unknown key; did you mean hop_samples\?"):
         recipe(tmp_path, features={"kind": "kaldi", "hop_sample": 160})
+    with pytest.raises(RecipeError, match=r"features\.window_samples: 1601, but a clip has 1600 samples"):
+        recipe(tmp_path, features={"kind": "kaldi", "window_samples": 1601})
     with pytest.raises(RecipeError, match="features: wanted kind: log_mel or kaldi"):
         recipe(tmp_path, features={"kind": "kaldy"})
 
