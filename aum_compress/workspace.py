@@ -187,7 +187,9 @@ class Workspace:
                 logits = predict_logits(made.model, self.parts.test, self.spec, reporter.advance, workers)
             written = workers.first(lambda: self._write(name, path, parent, inputs_sha256, made, logits))
             if workers.is_first:
-                shutil.rmtree(work_dir, ignore_errors=True)
+                # of this stage, those of recipes that were changed after a kill included
+                for checkpoints in work_dir.parent.glob(f"{name}-*"):
+                    shutil.rmtree(checkpoints, ignore_errors=True)
             return written
 
         bundle = make_and_write() if workers is self.ranks else self.ranks.first(make_and_write)

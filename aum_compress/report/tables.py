@@ -85,7 +85,7 @@ def metric_lines(metrics: dict[str, Any]) -> list[str]:
 
 
 def data_lines(summary: dict[str, Any]) -> list[str]:
-    """What `data.check` found: counts first, then usable files by class, device and rate, and rejected ones by reason."""
+    """What `data.check` found: counts, then rejected files by reason and usable ones by class, device and rate."""
     counts = [(key, f"{summary[key]:,}") for key in ("files", "usable", "rejected", "usable_hours")]
     lines = _aligned([(key.replace("_", " "), value) for key, value in counts], (False, True))
     for key in ("by_reason", "by_class", "by_device", "by_sample_rate_hz"):
