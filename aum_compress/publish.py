@@ -13,12 +13,12 @@ from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import BudgetReport
 from aum_compress.bundle import (
     GOLDEN,
-    GOLDEN_CLIPS,
     RECIPE,
     Bundle,
     BundleCard,
     ParentRef,
     find_bundle,
+    golden_inputs,
     json_sha256,
     now,
     tool_versions,
@@ -94,7 +94,7 @@ def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
             export_onnx(model, target, _metadata(space, source, model, precision), dynamic_batch=section.dynamic_batch)
             files[target.name] = target
             reporter.advance(done, len(models))
-        files[GOLDEN] = golden_file(space.normalised("validation", GOLDEN_CLIPS), models)
+        files[GOLDEN] = golden_file(golden_inputs(space.spec), models)
         files[RECIPE] = dump_recipe(space.recipe).encode()
         card = _card(space, parent, models[gated_precision(section.precisions)].config, inputs_sha256)
         bundle = write_bundle(path, card, files)

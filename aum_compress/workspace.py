@@ -16,12 +16,12 @@ from aum_compress.audio.config import InputSpec
 from aum_compress.budget.check import check_model
 from aum_compress.budget.records import BudgetReport, Limits
 from aum_compress.bundle import (
-    GOLDEN_CLIPS,
     RECIPE,
     Bundle,
     BundleCard,
     ParentRef,
     find_bundle,
+    golden_inputs,
     json_sha256,
     model_files,
     now,
@@ -223,7 +223,7 @@ class Workspace:
         model = made.model
         precision = "int8" if quantized_layer_names(model) else "fp32"
         metrics = {"test": self.measure(logits), **made.metrics}
-        files = model_files(model, self.normalised("validation", GOLDEN_CLIPS), half=precision == "int8")
+        files = model_files(model, golden_inputs(self.spec), half=precision == "int8")
         card = BundleCard(
             kind="model",
             stage=name,
