@@ -1,6 +1,5 @@
 """aum_compress.audio.augment: what each augmentation changes, what it leaves, and that its generator alone decides."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -215,11 +214,8 @@ def test_device_responses_name_all_bad_files(tmp_path):
     assert "silent.wav: is silent" in str(caught.value)
 
 
-def test_device_responses_load_the_real_microphones():
-    folder = os.environ.get("AUM_AUDIO")
-    if not folder:
-        pytest.skip("AUM_AUDIO does not name the folder of real recordings")
-    bank = DeviceResponses(Path(folder, "micirp"), 32_000)
+def test_device_responses_load_the_real_microphones(real_audio):
+    bank = DeviceResponses(real_audio / "micirp", 32_000)
     assert len(bank.files) == 66
     torch.testing.assert_close(bank.responses.square().sum(dim=1), torch.ones(66))
     noise = torch.randn(16, 32_000, generator=seeded())

@@ -1,6 +1,5 @@
 """Class folders: formats, windows, groups and folds."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -140,10 +139,9 @@ def test_class_with_too_few_files(tmp_path: Path) -> None:
         load_folders(config(tmp_path), 0)
 
 
-@pytest.mark.skipif("AUM_AUDIO" not in os.environ, reason="AUM_AUDIO, the folder with ESC-10, is not set")
-def test_esc10() -> None:
+def test_esc10(real_audio: Path) -> None:
     """400 real ogg files of 5 s."""
-    index = load_folders(config(Path(os.environ["AUM_AUDIO"], "esc10"), clip_seconds=1.0), 0)
+    index = load_folders(config(real_audio / "esc10", clip_seconds=1.0), 0)
     assert len(index.labels) == 10
     assert len({clip.path for clip in everything(index)}) == 400
     assert len({clip.path for clip in index.test}) == 80

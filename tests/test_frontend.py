@@ -1,9 +1,7 @@
 """aum_compress.audio.frontend against torchaudio and against the numpy twin."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,12 +55,9 @@ def test_equals_the_numpy_twin(config):
     np.testing.assert_allclose(LogMel(config)(waveforms)[:, 0].numpy(), twin, atol=1e-4)
 
 
-def test_equals_torchaudio_and_the_twin_on_real_recordings():
-    folder = os.environ.get("AUM_AUDIO")
-    if not folder:
-        pytest.skip("AUM_AUDIO does not name the folder of real recordings")
+def test_equals_torchaudio_and_the_twin_on_real_recordings(real_audio):
     front_end = LogMel(DEFAULT)
-    files = sorted(Path(folder, "clips").glob("*.wav"))
+    files = sorted((real_audio / "clips").glob("*.wav"))
     assert files
     for path in files:
         samples = read_audio(path, DEFAULT.sample_rate_hz)

@@ -1,8 +1,6 @@
 """Kaldi's filterbank as AuM reads it: against torchaudio, against its twin, and along the whole road."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -76,11 +74,8 @@ def test_module_and_twin_equal_torchaudio(config, level, offset):
     np.testing.assert_allclose(twin, wanted[:, 0].numpy(), atol=1e-4, rtol=1e-4)
 
 
-def test_equals_torchaudio_on_real_recordings():
-    folder = os.environ.get("AUM_AUDIO")
-    if not folder:
-        pytest.skip("AUM_AUDIO does not name the folder of real recordings")
-    files = sorted(Path(folder, "clips").glob("*.wav"))
+def test_equals_torchaudio_on_real_recordings(real_audio):
+    files = sorted((real_audio / "clips").glob("*.wav"))
     assert files
     for path in files:
         samples = read_audio(path, AUM.sample_rate_hz)

@@ -145,14 +145,11 @@ def test_checksum_names_the_samples(tmp_path):
     assert audio_checksum(np.arange(6.0, dtype=np.float32)[::2]) == audio_checksum(np.float32([0, 2, 4]))
 
 
-def test_real_recordings_are_read():
-    folder = os.environ.get("AUM_AUDIO")
-    if not folder:
-        pytest.skip("AUM_AUDIO does not name the folder of real recordings")
-    clip = Path(folder, "clips", "dcase2025-dummy-1s.wav")
+def test_real_recordings_are_read(real_audio):
+    clip = real_audio / "clips" / "dcase2025-dummy-1s.wav"
     assert audio_info(clip) == AudioInfo(44_100, 1, 44_100)
     assert read_audio(clip, 32_000).shape == (32_000,)
-    for path in sorted(Path(folder, "tut2018-10").glob("*.wav")):
+    for path in sorted((real_audio / "tut2018-10").glob("*.wav")):
         assert audio_info(path).n_channels == 2
         samples = read_audio(path, 32_000)
         assert samples.shape == (320_000,)

@@ -1,6 +1,5 @@
 """The runtime hears what training heard, without torch; windows and votes as documented."""
 
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -22,7 +21,6 @@ from aum_compress.errors import DataError, ModelFileError
 from aum_compress.export.runtime import Classifier, open_session, window_starts
 
 RATE_HZ = 44_100
-AUDIO = os.environ.get("AUM_AUDIO")
 
 
 def noise(seconds: float, channels: int = 1, rate_hz: int = RATE_HZ) -> np.ndarray:
@@ -170,9 +168,8 @@ def test_metadata_that_contradicts_the_graph_is_refused(tmp_path):
         Classifier(path)
 
 
-@pytest.mark.skipif(AUDIO is None, reason="AUM_AUDIO does not name a folder of real recordings")
-def test_real_recordings(classifier):
-    files = sorted(Path(AUDIO, "tut2018-10").glob("*.wav"))[:2] + sorted(Path(AUDIO, "clips").glob("*.wav"))
+def test_real_recordings(classifier, real_audio):
+    files = sorted((real_audio / "tut2018-10").glob("*.wav"))[:2] + sorted((real_audio / "clips").glob("*.wav"))
     assert len(files) == 4
     for path in files:
         info = soundfile.info(path)

@@ -1,6 +1,5 @@
 """The TAU loader, on a small tree with real names and, where it is at hand, on the official split files."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -286,12 +285,9 @@ def test_config_reads_yaml_numbers_and_refuses_the_rest() -> None:
             adapter.validate_python(section)
 
 
-@pytest.mark.skipif(
-    "AUM_AUDIO" not in os.environ, reason="AUM_AUDIO, the folder with the official split files, is not set"
-)
-def test_official_split_files(tmp_path: Path) -> None:
+def test_official_split_files(tmp_path: Path, real_audio: Path) -> None:
     (tmp_path / "audio").mkdir()
-    (tmp_path / "split_setup").symlink_to(Path(os.environ["AUM_AUDIO"], "tau-splits").resolve())
+    (tmp_path / "split_setup").symlink_to((real_audio / "tau-splits").resolve())
     index = load_tau(config(tmp_path, train_split=25), seed=0)
     assert (len(index.train) + len(index.validation), len(index.test), len(index.labels)) == (34_900, 29_680, 10)
     assert {clip.device for clip in index.test} - index.seen_devices == {"s4", "s5", "s6"}
