@@ -11,6 +11,7 @@ from aum_compress.bundle import read_bundle
 from aum_compress.errors import AumError, BudgetExceeded, BundleError, DataError, VerificationFailed
 from aum_compress.export.runtime import read_metadata, run_session
 from aum_compress.pipeline import run
+from aum_compress.recipe import find_recipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +219,16 @@ def test_two_runs_at_once_are_refused(tree, tmp_path):
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"), pytest.raises(AumError, match="another run of this recipe is at work"):
         run(recipe(tree), tmp_path)
+
+
+def test_shipped_quickstart_runs(tmp_path):
+    """The very recipe that README names, only with less of everything."""
+    less = ["data.train_clips_per_class=16", "data.test_clips_per_class=9", "quantize.calibration_clips=16"]
+    less += [f"{key}.epochs=1" for key in ("teacher.train", "distill.train", "prune.finetune")]
+    outcome = run(load_recipe(find_recipe("quickstart"), less), tmp_path)
+    assert outcome.folder == tmp_path / "exports" / "quickstart"
+    assert outcome.report["budget"]["verdict"] == "within"
+    assert [file for file, found in outcome.report["verification"].items() if found["passed"]] == [
+        *("model-fp32.onnx", "model-fp16.onnx", "model-int8.onnx")
+    ]
+    assert outcome.report["data"]["unseen_devices"] == ["s4", "s5", "s6"]
