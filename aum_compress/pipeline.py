@@ -23,6 +23,10 @@ from aum_compress.workspace import Workspace
 STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
 
 
+STEPS = {"distill": "distilled", "prune": "pruned", "quantize": "int8"}
+"""Stage -> what it makes of the student, in words of the report."""
+
+
 @dataclass
 class Outcome:
     """What a run leaves behind."""
@@ -209,7 +213,7 @@ def _bundle_row(space: Workspace, name: str, bundle: Bundle) -> dict[str, Any]:
     preset = getattr(section, "preset", None)
     return {
         "stage": name,
-        "title": f"{name} ({preset})" if preset else name,
+        "title": f"{name} ({preset})" if preset else f"student, {STEPS[name]}",
         "measured_with": "torch",
         "file": None,
         "file_bytes": None,
