@@ -63,7 +63,7 @@ def show(table: Table) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Reporter]:
+def progress(description: str) -> Iterator[Reporter]:
     """A bar on a terminal; in a pipe, plain lines now and then and one at the end."""
     if _process:
         yield Reporter(advance=lambda done, whole: None, note=lambda text: None)
@@ -78,7 +78,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Reporter]:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=log_console, transient=False) as bar:
-            task = bar.add_task(description, total=total, note="")
+            task = bar.add_task(description, total=None, note="")
             yield Reporter(
                 advance=lambda done, whole: bar.update(task, completed=done, total=whole),
                 note=lambda text: bar.update(task, note=text),

@@ -262,6 +262,12 @@ class Recipe(Section):
         if self.student and not self.student.train and not self.distill:
             problems.append("student.train: needed, since there is no distill section to train the student")
         if self.distill:
+            softened = {"distill.train": self.distill.train, "prune.finetune": self.prune and self.prune.finetune}
+            problems += [
+                f"{place}.label_smoothing: has no part in the distillation loss, whose targets are soft; leave it out"
+                for place, config in softened.items()
+                if config and config.label_smoothing
+            ]
             for stage in ("teacher", "reference"):
                 if stage in self.distill.teachers and getattr(self, stage) is None:
                     problems.append(f"distill.teachers: names {stage}, but the recipe has no section {stage}")

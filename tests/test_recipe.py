@@ -76,6 +76,10 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
         (["export.dynamic_batch=true"], "export.precisions: int8 needs a quantize section"),
         (["student.train=null"], "student.train: needed"),
         (["distill.train.epochs=1"], "distill.teachers: names teacher, but the recipe has no section teacher"),
+        (
+            ["distill.train={epochs: 1, label_smoothing: 0.1}", "distill.teachers=[some/bundle]"],
+            "distill.train.label_smoothing: has no part in the distillation loss",
+        ),
         (["verify.clips=3"], "verify: needs an export section"),
         (["student.train.augment.device_response_p=0.5"], "device_response_p needs device_response_folder"),
         (["reference={preset: cp-mobile, depth: 3, train: {epochs: 1}}"], "depth cannot be changed"),

@@ -58,7 +58,7 @@ class CachedClips:
 
     def __getitem__(self, indices: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """(B,F,T) features, not normalised, or (B,S) waveforms; float32."""
-        # Opened at each use, so that a copy sent to a worker process carries a path, not gigabytes
+        # Opened at each use, so that a copy sent to another process carries a path, not gigabytes
         return np.load(self.path, mmap_mode="r")[self.rows[indices]]
 
     def only(self, clips: Sequence[Clip]) -> "CachedClips":

@@ -79,7 +79,6 @@ class ClipsDataModule(L.LightningDataModule):
         parts: CachedParts,
         batch_size: int,
         seed: int,
-        num_workers: int = 0,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -90,7 +89,6 @@ class ClipsDataModule(L.LightningDataModule):
         self.labels = parts.index.labels
         self.batch_size = batch_size
         self.seed = seed
-        self.num_workers = num_workers
         self.rank = rank
         self.world_size = world_size
 
@@ -127,8 +125,6 @@ class ClipsDataModule(L.LightningDataModule):
             CachedDataset(cached, self.labels),
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # __getitems__ gives whole batches
             collate_fn=_as_it_is,

@@ -38,7 +38,7 @@ class TrainingModule(L.LightningModule):
     ) -> None:
         """Args: teacher_logits (n,C), row `index` of each batch; responses: for waveforms only."""
         super().__init__()
-        # convolutions on the CPU run a fifth faster with channels last
+        # a step on the CPU is 5 to 27 % shorter with channels last
         self.model = model.to(memory_format=torch.channels_last)
         if isinstance(model, AudioMamba):
             model.activation_checkpointing = config.activation_checkpointing
