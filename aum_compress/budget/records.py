@@ -78,6 +78,10 @@ class BudgetReport:
     """What DCASE's script (torchinfo 1.8.0) prints for one clip."""
     front_end_macs: int | None = None
     """Of the log-mel front-end for one second of audio, outside the budget; None where the front-end is unknown."""
+    peak_activation_bytes: int | None = None
+    """Most bytes of values alive at once in one run, inputs and outputs included, weights not; not gated."""
+    file_bytes: int | None = None
+    """Of the ONNX file, with the data that it keeps in files beside it; None for a torch model."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -124,6 +128,8 @@ class BudgetReport:
             "dcase_bytes": self.dcase_bytes,
             "dcase_macs": self.dcase_macs,
             "front_end_macs": self.front_end_macs,
+            "peak_activation_bytes": self.peak_activation_bytes,
+            "file_bytes": self.file_bytes,
             "limits": vars(self.limits),
             "notes": list(self.notes),
             "layers": [vars(layer) | {"elementwise": dict(layer.elementwise)} for layer in self.layers],
