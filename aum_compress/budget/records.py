@@ -143,6 +143,14 @@ def per_second(macs_per_clip: int, clip_seconds: float) -> int:
 
 def enforce(report: BudgetReport) -> None:
     """Raises BudgetExceeded, with the excess and the largest layers, when the report is over a limit."""
+    if problems := excesses(report):
+        raise BudgetExceeded(
+            join_problems("over budget; prune or quantise the model, or choose a smaller configuration:", problems)
+        )
+
+
+def excesses(report: BudgetReport) -> list[str]:
+    """In words, each limit that the report is over, by how much, and the largest layers; empty when within."""
     problems = []
     if (found := report.param_bytes) > (limit := report.limits.max_param_bytes):
         largest = _largest(report, {layer.name: layer.param_bytes for layer in report.layers})
@@ -155,10 +163,7 @@ def enforce(report: BudgetReport) -> None:
             f"{found:,} MACs for one second of audio, budget is {limit:,} (over by {found - limit:,}); largest"
             f"{'' if report.clip_seconds == 1 else f' in a clip of {report.clip_seconds:g} s'}: {largest}"
         )
-    if problems:
-        raise BudgetExceeded(
-            join_problems("over budget; prune or quantise the model, or choose a smaller configuration:", problems)
-        )
+    return problems
 
 
 def _largest(report: BudgetReport, cost: Mapping[str, int]) -> str:
