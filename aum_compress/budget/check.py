@@ -52,7 +52,8 @@ def check_model(
     for name, module in model.named_modules():
         own, done = tensors.get(name, Stored()), operations.get(name, Operations())
         if own.param_bytes or done.macs or done.elementwise:
-            layers.append(LayerCost(name, _kind(module), own.param_bytes, own.params, done.macs, done.elementwise))
+            cost = (own.param_bytes, own.params, done.macs, done.elementwise, own.wide_params)
+            layers.append(LayerCost(name, _kind(module), *cost))
     return BudgetReport(
         layers=tuple(layers),
         limits=limits or Limits(),

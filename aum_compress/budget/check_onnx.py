@@ -68,7 +68,9 @@ def check_onnx(
 
 def _layer(name: str, stored: Stored, operations: Operations) -> LayerCost:
     kind = operations.kind or "stored"
-    return LayerCost(name, kind, stored.param_bytes, stored.params, operations.macs, operations.elementwise)
+    return LayerCost(
+        name, kind, stored.param_bytes, stored.params, operations.macs, operations.elementwise, stored.wide_params
+    )
 
 
 def _input_spec(record: dict | None) -> InputSpec | None:

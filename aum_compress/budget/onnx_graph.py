@@ -15,7 +15,7 @@ from onnx import helper
 from aum_compress.budget.analytic import einsum_macs
 from aum_compress.budget.onnx_file import TensorType, body_model, expand, infer, settle_shapes, stored_constants
 from aum_compress.budget.operators import MAC, ONNX_FREE, ONNX_POOLS, ONNX_READ, ONNX_WRITTEN
-from aum_compress.budget.records import Operations, Stored
+from aum_compress.budget.records import Operations, Stored, wide_values
 from aum_compress.errors import AumError, ModelFileError, join_problems
 
 SCAN_FUNCTION = ("aum_compress", "SelectiveScan")
@@ -289,8 +289,10 @@ def onnx_stored(model: onnx.ModelProto) -> tuple[dict[str, Stored], int]:
         if name not in scales and (tensor.data_type == onnx.TensorProto.INT64 or not tensor.dims):
             left_out += size
             continue
-        weights = 0 if name in scales | statistics else values
-        layers[layer_name(name)] = layers.get(layer_name(name), Stored()) + Stored(size, weights)
+        own = Stored(size)
+        if name not in scales | statistics:
+            own = Stored(size, values, wide_values(tensor.dims, _bits(tensor.data_type)))
+        layers[layer_name(name)] = layers.get(layer_name(name), Stored()) + own
     return layers, left_out
 
 

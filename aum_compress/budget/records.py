@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,25 @@ LARGEST_NAMED = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest values that still pass; the defaults are DCASE 2025 Task 1's."""
+    """Largest values that still pass; the defaults are DCASE 2025 Task 1's. None: no limit of that kind."""
 
-    max_param_bytes: int = 128_000
+    max_param_bytes: int | None = 128_000
     max_macs: int = 30_000_000
     """For one second of audio."""
+    max_params: int | None = None
+    """Values in weights, whatever their width."""
+    int8_weights: bool = False
+    """No weight of more than one axis is stored in more than 8 bits; biases may be wider."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
+        for name in ("max_param_bytes", "max_macs", "max_params"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise AumError(f"budget limit {name}: found {value}, wanted a positive number")
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """As JSON: what is limited, and nothing else."""
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,20 @@ class Stored:
 
     param_bytes: int = 0
     params: int = 0
+    wide_params: int = 0
+    """Values of weights that have more than one axis and are stored in more than 8 bits."""
 
     def __add__(self, other: "Stored") -> "Stored":
-        return Stored(self.param_bytes + other.param_bytes, self.params + other.params)
+        return Stored(
+            self.param_bytes + other.param_bytes,
+            self.params + other.params,
+            self.wide_params + other.wide_params,
+        )
+
+
+def wide_values(shape: Sequence[int], bits: int) -> int:
+    """How many values of a weight count as wide: none of a vector, whose other axes have size 1, nor in 8 bits."""
+    return math.prod(shape) if bits > 8 and sum(size > 1 for size in shape) > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,8 @@ class LayerCost:
     """For one clip."""
     elementwise: Mapping[str, int]
     """For one clip, operation -> results written."""
+    wide_params: int = 0
+    """Values of weights that have more than one axis and are stored in more than 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,11 @@ class BudgetReport:
         return sum(layer.params for layer in self.layers)
 
     @property
+    def wide_params(self) -> int:
+        """Values of matrices, kernels and tables that are stored in more than 8 bits."""
+        return sum(layer.wide_params for layer in self.layers)
+
+    @property
     def macs_per_clip(self) -> int:
         return sum(layer.macs for layer in self.layers)
 
@@ -112,7 +139,7 @@ class BudgetReport:
 
     @property
     def over(self) -> bool:
-        return self.param_bytes > self.limits.max_param_bytes or self.macs > self.limits.max_macs
+        return bool(excesses(self))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, under the keys of DESIGN section 2."""
@@ -120,6 +147,7 @@ class BudgetReport:
             "verdict": "over" if self.over else "within",
             "param_bytes": self.param_bytes,
             "params": self.params,
+            "wide_params": self.wide_params,
             "macs": self.macs,
             "macs_per_clip": self.macs_per_clip,
             "clip_seconds": self.clip_seconds,
@@ -130,7 +158,7 @@ class BudgetReport:
             "front_end_macs": self.front_end_macs,
             "peak_activation_bytes": self.peak_activation_bytes,
             "file_bytes": self.file_bytes,
-            "limits": vars(self.limits),
+            "limits": self.limits.to_dict(),
             "notes": list(self.notes),
             "layers": [vars(layer) | {"elementwise": dict(layer.elementwise)} for layer in self.layers],
         }
@@ -151,22 +179,34 @@ def enforce(report: BudgetReport) -> None:
 
 def excesses(report: BudgetReport) -> list[str]:
     """In words, each limit that the report is over, by how much, and the largest layers; empty when within."""
-    problems = []
-    if (found := report.param_bytes) > (limit := report.limits.max_param_bytes):
-        largest = _largest(report, {layer.name: layer.param_bytes for layer in report.layers})
+    limits, layers = report.limits, report.layers
+    clip = "" if report.clip_seconds == 1 else f" in a clip of {report.clip_seconds:g} s"
+    gates = (
+        (
+            "bytes of parameters",
+            report.param_bytes,
+            limits.max_param_bytes,
+            "",
+            {x.name: x.param_bytes for x in layers},
+        ),
+        ("parameters", report.params, limits.max_params, "", {x.name: x.params for x in layers}),
+        ("MACs for one second of audio", report.macs, limits.max_macs, clip, {x.name: x.macs for x in layers}),
+    )
+    problems = [
+        f"{found:,} {what}, budget is {limit:,} (over by {found - limit:,}); largest{where}: {_largest(cost)}"
+        for what, found, limit, where, cost in gates
+        if limit is not None and found > limit
+    ]
+    if limits.int8_weights and report.wide_params:
+        largest = _largest({x.name: x.wide_params for x in layers if x.wide_params})
         problems.append(
-            f"{found:,} bytes of parameters, budget is {limit:,} (over by {found - limit:,}); largest: {largest}"
-        )
-    if (found := report.macs) > (limit := report.limits.max_macs):
-        largest = _largest(report, {layer.name: layer.macs for layer in report.layers})
-        problems.append(
-            f"{found:,} MACs for one second of audio, budget is {limit:,} (over by {found - limit:,}); largest"
-            f"{'' if report.clip_seconds == 1 else f' in a clip of {report.clip_seconds:g} s'}: {largest}"
+            f"{report.wide_params:,} values of weights are stored in more than 8 bits, and int8 is mandatory; "
+            f"largest: {largest}"
         )
     return problems
 
 
-def _largest(report: BudgetReport, cost: Mapping[str, int]) -> str:
+def _largest(cost: Mapping[str, int]) -> str:
     names = sorted(cost, key=cost.__getitem__, reverse=True)[:LARGEST_NAMED]
     return ", ".join(f"{name or 'the model itself'} {cost[name]:,}" for name in names)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from aum_compress.budget.records import Stored
+from aum_compress.budget.records import Stored, wide_values
 from aum_compress.errors import AumError, join_problems
 from aum_compress.models.quantized import QuantizedLayer, stored_tensors
 
@@ -50,7 +50,13 @@ def stored_by_module(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str
         if name not in stored:
             absent.append(f"{name}: absent")
             continue
-        found[name.rpartition(".")[0]] += Stored(stored[name].nbytes, stored[name].numel() if name in weights else 0)
+        found[name.rpartition(".")[0]] += _stored(stored[name], weight=name in weights)
     if absent:
         raise AumError(join_problems(f"{type(model).__name__}: stored tensors do not cover the model:", absent))
     return dict(found)
+
+
+def _stored(tensor: Tensor, *, weight: bool) -> Stored:
+    if not weight:
+        return Stored(tensor.nbytes)
+    return Stored(tensor.nbytes, tensor.numel(), wide_values(tensor.shape, 8 * tensor.element_size()))
