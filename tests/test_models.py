@@ -10,7 +10,8 @@ from tiny import LABELS, N_FRAMES, N_MELS, aum_config, cp_config, features, stud
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem, PatchStem
 from aum_compress.models.factory import build_model, fold_batch_norm
-from aum_compress.models.mamba import MambaMixer, RMSNorm
+from aum_compress.models.mamba import MambaMixer
+from aum_compress.models.norm import RMSNorm
 from aum_compress.models.presets import PRESETS
 from aum_compress.models.scan import selective_scan_oracle
 

@@ -13,10 +13,12 @@ from aum_compress.errors import AumError
 from aum_compress.models.config import (
     MLP_HEAD_WIDTH,
     AudioMambaConfig,
-    BlockConfig,
+    Block,
+    ConvBlockConfig,
     ConvStem,
     CPMobileConfig,
     Grid,
+    Mamba2BlockConfig,
     stem_grid,
 )
 
@@ -33,6 +35,11 @@ def analytic_macs(config: AudioMambaConfig | CPMobileConfig) -> dict[str, int]:
 def scan_macs(d_inner: int, d_state: int, n_tokens: int) -> int:
     """One direction of a gated selective scan with skip: discretise 2DN, recur DN, read out DN, dt*u, D*u, gate."""
     return n_tokens * (4 * d_inner * d_state + 3 * d_inner)
+
+
+def ssd_macs(d_inner: int, d_state: int, n_tokens: int) -> int:
+    """A scan in matmul form over one sequence: C B^T, and the weights that it gives times x of all heads."""
+    return n_tokens * n_tokens * (d_state + d_inner)
 
 
 def einsum_macs(equation: str, shapes: Sequence[Sequence[int]]) -> int:
@@ -61,20 +68,30 @@ def _audio_mamba(config: AudioMambaConfig) -> dict[str, int]:
     n_tokens, d_model = config.n_tokens, config.d_model
     found = _stem(config)
     for number, block in enumerate(config.blocks):
-        found |= _mixer(f"layers.{number}.mixer", block, d_model, n_tokens)
+        found |= _mixer(f"layers.{number}.mixer", block, d_model, config.sequence(block))
     if config.head == "mlp":
         width = MLP_HEAD_WIDTH
         return found | {"head.hidden": d_model * width, "head.classes": width * config.n_classes}
     return found | {"head": d_model * config.n_classes}
 
 
-def _mixer(name: str, block: BlockConfig, d_model: int, n_tokens: int) -> dict[str, int]:
-    d_inner, d_state, dt_rank = block.d_inner, block.d_state, block.dt_rank
-    found = {
-        name: len(block.scans) * scan_macs(d_inner, d_state, n_tokens),
-        f"{name}.in_proj": n_tokens * d_model * 2 * d_inner,
-        f"{name}.out_proj": n_tokens * d_inner * d_model,
-    }
+def _mixer(name: str, block: Block, d_model: int, sequences: tuple[int, int]) -> dict[str, int]:
+    """Args: sequences: how many there are in one clip, and their length."""
+    number, length = sequences
+    n_tokens, d_inner = number * length, block.d_inner
+    found = {f"{name}.out_proj": n_tokens * d_inner * d_model}
+    if isinstance(block, Mamba2BlockConfig):
+        mixed = d_inner + 2 * block.d_state
+        return found | {
+            name: number * ssd_macs(d_inner, block.d_state, length),
+            f"{name}.in_proj": n_tokens * d_model * (d_inner + mixed + block.n_heads),
+            f"{name}.conv1d": n_tokens * mixed * block.d_conv,
+        }
+    found[f"{name}.in_proj"] = n_tokens * d_model * 2 * d_inner
+    if isinstance(block, ConvBlockConfig):
+        return found | {f"{name}.conv1d": n_tokens * d_inner * block.d_conv}
+    d_state, dt_rank = block.d_state, block.dt_rank
+    found[name] = len(block.scans) * scan_macs(d_inner, d_state, n_tokens)
     for suffix in block.projections:
         found[f"{name}.conv1d{suffix}"] = n_tokens * d_inner * block.d_conv
         found[f"{name}.x_proj{suffix}"] = n_tokens * d_inner * (dt_rank + 2 * d_state)

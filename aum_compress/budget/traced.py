@@ -15,7 +15,7 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
 from torch import nn
 
-from aum_compress.budget.analytic import einsum_macs, scan_macs
+from aum_compress.budget.analytic import einsum_macs, scan_macs, ssd_macs
 from aum_compress.budget.operators import MAC, TORCH_FREE, TORCH_POOLS, TORCH_READ, TORCH_WRITTEN
 from aum_compress.budget.records import Operations
 from aum_compress.errors import AumError, join_problems
@@ -79,6 +79,7 @@ def _handles() -> dict[str, Handle]:
         "aten::addmm": _addmm,
         "aten::einsum": _einsum,
         "aum_compress::selective_scan": _selective_scan,
+        "aum_compress::ssd": _ssd,
         "aum_compress::quantize_dequantize": _elementwise("quantize", "dequantize"),
         "aum_compress::dequantize_weight": _elementwise("dequantize"),
     }
@@ -158,3 +159,22 @@ def _selective_scan(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[st
     if not _absent(delta_bias):
         found["add"] += steps
     return found
+
+
+def _ssd(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    """What `models.ssd` runs: cumulative sums, decays, two products of matrices, skip."""
+    x, _, _, b, *_ = inputs
+    batch, length, heads, head_dim = get_shape(x)
+    d_state = get_shape(b)[2]
+    pairs, values, steps = batch * length * length, batch * length * heads * head_dim, batch * length * heads
+    return Counter(
+        {
+            MAC: batch * ssd_macs(heads * head_dim, d_state, length),
+            "multiply": steps + pairs * heads + 2 * values,
+            "reduce": steps,
+            "add": pairs * heads + values,
+            "compare": pairs * heads,
+            "negate": pairs * heads,
+            "exp": pairs * heads,
+        }
+    )

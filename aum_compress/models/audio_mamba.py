@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aum_compress.errors import AumError
+from aum_compress.models.blocks import ResidualBlock
 from aum_compress.models.config import AudioMambaConfig, Grid, PatchStem, reads_whole_frames, token_grid
 from aum_compress.models.heads import build_head
-from aum_compress.models.mamba import MambaBlock, RMSNorm
-from aum_compress.models.positions import PositionEmbedding, rotate, rotation
+from aum_compress.models.norm import RMSNorm
+from aum_compress.models.positions import FactorisedPositions, PositionEmbedding, rotate, rotation
 from aum_compress.models.stems import ConvEmbed, PatchEmbed
 
 
@@ -34,12 +35,12 @@ class AudioMamba(nn.Module):
         )
         class_token = config.pool == "class_token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if class_token else None
-        self.pos_embed = (
-            PositionEmbedding(config.token_grid, d_model, class_token=class_token)
-            if config.position == "absolute"
-            else None
-        )
-        self.layers = nn.ModuleList(MambaBlock(d_model, block) for block in config.blocks)
+        self.pos_embed: PositionEmbedding | FactorisedPositions | None = None
+        if config.position == "absolute":
+            self.pos_embed = PositionEmbedding(config.token_grid, d_model, class_token=class_token)
+        elif config.position == "factorised":
+            self.pos_embed = FactorisedPositions(config.token_grid, d_model)
+        self.layers = nn.ModuleList(ResidualBlock(d_model, block) for block in config.blocks)
         self.norm_f = RMSNorm(d_model)
         self.head = build_head(config)
         self._initialise()
@@ -73,9 +74,9 @@ class AudioMamba(nn.Module):
             # what a block adds is turned on its way to the next one, as in AuM
             between = turns if number < len(self.layers) else None
             if self.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, between, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(block, tokens, grid, between, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, between)
+                tokens = block(tokens, grid, between)
         tokens = self.norm_f(tokens)
         if self.cls_token is None:
             # normalised first, so that no single loud frame decides the mean

@@ -7,7 +7,7 @@ section 2: `M` d_model, `D` d_inner, `N` d_state, `R` dt_rank, `K` conv taps, `L
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Grid = tuple[int, int]
@@ -17,6 +17,11 @@ BlockType = Literal["none", "v1", "v2"]
 """`none`: forward scan only. `v1` (AuM's Fo-Bi, AuM-Base): one convolution and one set of projections, scanned both
 ways with a state matrix for each; both results added. `v2` (Bi-Bi, AuM-Small): two directions with weights of their
 own, their sum halved."""
+
+Along = Literal["tokens", "time", "mel"]
+"""What a block takes for a sequence. `tokens`: all tokens in their order. `time`: each mel row of tokens by itself,
+from its first frame to its last. `mel`: each frame's column by itself, from the lowest bin up. The rows (or columns)
+share the block's weights and lie in the batch, so that a scan has few and wide steps."""
 
 
 def block_type_for_directions(values: Any) -> Any:
@@ -32,13 +37,15 @@ class Frozen(BaseModel):
 
 
 class BlockConfig(Frozen):
-    """One pre-norm residual Mamba block."""
+    """One pre-norm residual block around a Mamba-1 mixer."""
 
+    mixer: Literal["mamba"] = "mamba"
     d_inner: Positive
     d_state: Positive
     dt_rank: Positive
     d_conv: Positive = 4
     block_type: BlockType = "v2"
+    along: Along = "tokens"
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -51,6 +58,54 @@ class BlockConfig(Frozen):
         return ("",) if self.block_type == "none" else ("", "_b")
 
     _reads_directions = model_validator(mode="before")(block_type_for_directions)
+
+
+class Mamba2BlockConfig(Frozen):
+    """The same around a Mamba-2 mixer: one decay a head, the sequence mixed by products of matrices (SSD)."""
+
+    mixer: Literal["mamba2"] = "mamba2"
+    d_inner: Positive
+    d_state: Positive
+    head_dim: Positive = 16
+    d_conv: Positive = 3
+    two_way: bool = True
+    """Both directions with the same weights, and so the convolution centred; else causal."""
+    along: Along = "tokens"
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.head_dim
+
+    @model_validator(mode="after")
+    def _heads_are_whole(self) -> "Mamba2BlockConfig":
+        if self.d_inner % self.head_dim:
+            raise ValueError(f"d_inner {self.d_inner} must be a multiple of head_dim {self.head_dim}")
+        return self
+
+
+class ConvBlockConfig(Frozen):
+    """The same without a scan: a gated depthwise convolution over the sequence, what a scan has to be better than."""
+
+    mixer: Literal["conv"] = "conv"
+    d_inner: Positive
+    d_conv: Positive
+    """Taps, centred on the token."""
+    along: Along = "tokens"
+
+
+def _mixer_of(block: Any) -> Any:
+    # cards and recipes of before Mamba-2 name no mixer
+    return block.get("mixer", "mamba") if isinstance(block, dict) else getattr(block, "mixer", None)
+
+
+Block = Annotated[
+    Annotated[BlockConfig, Tag("mamba")]
+    | Annotated[Mamba2BlockConfig, Tag("mamba2")]
+    | Annotated[ConvBlockConfig, Tag("conv")],
+    Discriminator(
+        _mixer_of, custom_error_type="mixer", custom_error_message="wanted mixer: mamba, mamba2 or conv, and its keys"
+    ),
+]
 
 
 class PatchStem(Frozen):
@@ -97,12 +152,13 @@ class AudioMambaConfig(Frozen):
     n_frames: Positive
     n_classes: Annotated[int, Field(ge=2)]
     d_model: Positive
-    blocks: Annotated[tuple[BlockConfig, ...], Field(min_length=1)]
+    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")]
     pool: Literal["class_token", "mean"] = "mean"
     """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: mean over tokens."""
-    position: Literal["absolute", "rope", "none"] = "none"
-    """`absolute`: a learned vector a token. `rope`: what enters a block is turned by its place; nothing is stored."""
+    position: Literal["absolute", "factorised", "rope", "none"] = "none"
+    """`absolute`: a learned vector a token. `factorised`: one a row and one a column, added. `rope`: what enters a
+    block is turned by its place; nothing is stored."""
     head: Literal["linear", "mlp"] = "linear"
     """`mlp`: LayerNorm, dropout, 512 units, ReLU, dropout, classes."""
 
@@ -130,6 +186,19 @@ class AudioMambaConfig(Frozen):
                 "use smaller patches or strides"
             )
         return self
+
+    @model_validator(mode="after")
+    def _sequences_are_whole(self) -> "AudioMambaConfig":
+        if self.pool == "class_token" and any(block.along != "tokens" for block in self.blocks):
+            raise ValueError("blocks along time or mel: a class token stands in no row and no column; use pool mean")
+        if self.position == "factorised" and self.pool == "class_token":
+            raise ValueError("position factorised: a class token stands in no row and no column; use pool mean")
+        return self
+
+    def sequence(self, block: Block) -> tuple[int, int]:
+        """How many sequences a block makes of one clip's tokens, and the length of each."""
+        rows, columns = self.token_grid
+        return {"tokens": (1, self.n_tokens), "time": (rows, columns), "mel": (columns, rows)}[block.along]
 
     @model_validator(mode="after")
     def _rope_turns_pairs(self) -> "AudioMambaConfig":

@@ -1,4 +1,4 @@
-"""The Mamba blocks of Vim and AuM, one way and both ways; parameters are named as in published checkpoints."""
+"""The Mamba-1 mixer of Vim and AuM, one way and both ways; parameters are named as in published checkpoints."""
 
 import math
 
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from aum_compress.kernels import cuda
 from aum_compress.models.config import BlockConfig
-from aum_compress.models.positions import Rotation, rotate
 from aum_compress.models.scan import selective_scan
 
 # the range that Mamba draws its initial step sizes from (Gu and Dao 2023, section 3.6)
@@ -16,17 +15,10 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 FORWARD, BACKWARD = "", "_b"
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32. Unlike nn.RMSNorm it stores no shape to go stale."""
-
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
-        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+def drawn_step_bias(count: int) -> Tensor:
+    """(count,) biases that softplus turns into step sizes, log-uniform over Mamba's range."""
+    dt = torch.exp(torch.rand(count) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)).clamp(DT_FLOOR)
+    return dt + torch.log(-torch.expm1(-dt))
 
 
 class MambaMixer(nn.Module):
@@ -54,9 +46,8 @@ class MambaMixer(nn.Module):
         convolution = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
         dt_proj = nn.Linear(dt_rank, d_inner)
         nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-        dt = torch.exp(torch.rand(d_inner) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)).clamp(DT_FLOOR)
-        with torch.no_grad():  # inverse softplus: the bias alone gives the drawn step size
-            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        with torch.no_grad():  # the bias alone gives the drawn step size
+            dt_proj.bias.copy_(drawn_step_bias(d_inner))
         setattr(self, f"conv1d{suffix}", convolution)
         setattr(self, f"x_proj{suffix}", nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False))
         setattr(self, f"dt_proj{suffix}", dt_proj)
@@ -97,19 +88,3 @@ class MambaMixer(nn.Module):
     @staticmethod
     def _scan(u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
         return selective_scan(u, delta, -torch.exp(A_log.float()), b, c, D.float(), z, delta_softplus=True)
-
-
-class MambaBlock(nn.Module):
-    """Pre-norm residual block: tokens + mixer(norm(tokens)), the residual stream kept in float32.
-
-    Rotary positions, where given, turn what is added.
-    """
-
-    def __init__(self, d_model: int, config: BlockConfig) -> None:
-        super().__init__()
-        self.norm = RMSNorm(d_model)
-        self.mixer = MambaMixer(d_model, config)
-
-    def forward(self, tokens: Tensor, turns: Rotation | None = None) -> Tensor:
-        added = self.mixer(self.norm(tokens))
-        return tokens + (added if turns is None else rotate(added, turns))

@@ -28,6 +28,30 @@ class PositionEmbedding(nn.Module):
         return resample_positions(self.pos_embed, self.grid, grid, self.prefix)
 
 
+class FactorisedPositions(nn.Module):
+    """A learned vector a row and one a column, their sum (1,L,M) added: (rows + columns)*M values instead of L*M."""
+
+    def __init__(self, grid: Grid, d_model: int) -> None:
+        super().__init__()
+        rows, columns = grid
+        self.rows = nn.Parameter(torch.empty(rows, d_model))
+        self.columns = nn.Parameter(torch.empty(columns, d_model))
+        for table in (self.rows, self.columns):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, grid: Grid) -> Tensor:
+        """(1,L,M) for a grid of any size, tokens mel-major."""
+        rows, columns = (_stretched(table, size) for table, size in zip((self.rows, self.columns), grid, strict=True))
+        return (rows[:, None] + columns).flatten(0, 1)[None]
+
+
+def _stretched(table: Tensor, size: int) -> Tensor:
+    """(n,M) to (size,M), linear with antialiasing, as `resample_positions` does along one axis."""
+    if len(table) == size:
+        return table
+    return resample_positions(table[None], (1, len(table)), (1, size), 0)[0]
+
+
 def resample_positions(positions: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
     """(1,prefix+rows*columns,M) learned for the grid `old`, stretched or squeezed to `new`; `prefix` rows stay.
 
