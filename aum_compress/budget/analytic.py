@@ -65,7 +65,7 @@ def front_end_macs(spec: InputSpec) -> int:
 
 
 def _audio_mamba(config: AudioMambaConfig) -> dict[str, int]:
-    n_tokens, d_model = config.n_tokens, config.d_model
+    d_model = config.d_model
     found = _stem(config)
     for number, block in enumerate(config.blocks):
         found |= _mixer(f"layers.{number}.mixer", block, d_model, config.sequence(block))

@@ -137,7 +137,7 @@ def _trace_blocks(model: AudioMamba, tokens: Tensor, side_outputs: list[Tensor])
     """The blocks alone: stem, class token and head have no d_inner, and reshapes mislead the tracer."""
     side_outputs.clear()
     for block in model.layers:
-        tokens = block(tokens)
+        tokens = block(tokens, model.config.token_grid)
     return [tokens, *side_outputs]
 
 
