@@ -1,0 +1,96 @@
+"""Bytes from configuration against the tensors of the real model, at each precision, over random configurations."""
+
+import subprocess
+import sys
+
+import torch
+from exported import CONFIG, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.budget.check_onnx import check_onnx
+from aum_compress.budget.records import Stored
+from aum_compress.budget.stored import stored_by_module
+from aum_compress.models.config import (
+    AudioMambaConfig,
+    BlockConfig,
+    ConvBlockConfig,
+    ConvStage,
+    ConvStem,
+    Mamba2BlockConfig,
+    PatchStem,
+)
+from aum_compress.models.factory import build_model, fold_batch_norm
+from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
+
+small = st.integers(1, 9)
+mamba = st.builds(
+    BlockConfig, d_inner=small, d_state=small, dt_rank=small, block_type=st.sampled_from(("none", "v1", "v2"))
+)
+mamba2 = st.builds(
+    lambda heads, width, state, two_way: Mamba2BlockConfig(
+        d_inner=heads * width, d_state=state, head_dim=width, two_way=two_way
+    ),
+    small,
+    small,
+    small,
+    st.booleans(),
+)
+conv = st.builds(ConvBlockConfig, d_inner=small, d_conv=small)
+stages = st.lists(
+    st.builds(ConvStage, channels=small, expansion=st.sampled_from((0.0, 1.5, 2.0))), min_size=0, max_size=2
+)
+conv_stem = st.builds(
+    lambda first, rest, token: ConvStem(stages=(ConvStage(channels=first, expansion=0), *rest), token=token),
+    small,
+    stages,
+    st.sampled_from(("frame", "cell")),
+)
+patch_stem = st.builds(PatchStem, patch_mels=st.sampled_from((4, 8)), patch_frames=st.sampled_from((3, 8)))
+
+
+@st.composite
+def configurations(draw) -> AudioMambaConfig:
+    pool = draw(st.sampled_from(("mean", "class_token")))
+    positions = ("none", "absolute", "rope") + (("factorised",) if pool == "mean" else ())
+    return AudioMambaConfig(
+        n_mels=32,
+        n_frames=17,
+        n_classes=draw(st.integers(2, 5)),
+        d_model=4 * draw(small),
+        blocks=draw(st.lists(mamba | mamba2 | conv, min_size=1, max_size=3)),
+        stem=draw(conv_stem | patch_stem),
+        pool=pool,
+        position=draw(st.sampled_from(positions)),
+        head=draw(st.sampled_from(("linear", "mlp"))),
+    )
+
+
+def counted(config: AudioMambaConfig, precision: str) -> dict[str, Stored]:
+    """Of the model itself, as a bundle of this precision stores it."""
+    model = fold_batch_norm(build_model(config))
+    if precision == "int8":
+        swap_in_quantized(model, list(quantizable_layers(model)))
+    return stored_by_module(model, stored_tensors(model, half=precision != "fp32"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configurations(), precision=st.sampled_from(("fp32", "fp16", "int8")))
+def test_bytes_from_configuration_are_those_of_the_model_layer_by_layer(config, precision):
+    with torch.random.fork_rng(devices=[]):
+        assert analytic_stored(config, precision) == counted(config, precision)
+
+
+def test_an_exported_file_stores_as_many(tmp_path):
+    for precision in ("fp32", "fp16", "int8"):
+        report = check_onnx(written(tmp_path, precision))
+        stored = analytic_stored(CONFIG, precision)
+        assert report.param_bytes == sum(layer.param_bytes for layer in stored.values()), precision
+        assert report.params == sum(layer.params for layer in stored.values())
+        assert report.wide_params == sum(layer.wide_params for layer in stored.values())
+
+
+def test_torch_free():
+    code = "import sys; sys.modules['torch'] = None; import aum_compress.budget.analytic_bytes"
+    subprocess.run([sys.executable, "-c", code], check=True)
