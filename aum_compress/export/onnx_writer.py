@@ -19,6 +19,7 @@ from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half, tidy
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
+from aum_compress.export.ssd_function import SSD_NAMES, ssd_function
 from aum_compress.models.factory import Model, fold_batch_norm
 from aum_compress.models.quantized import round_to_half_, stored_tensors
 
@@ -91,7 +92,12 @@ def _trace(model: Model, dynamic_batch: bool) -> ir.Model:
     axes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     with _quiet(), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=axes, strict=False)
-        program = program.run_decompositions({torch.ops.aum_compress.selective_scan.default: _scan_node})
+        program = program.run_decompositions(
+            {
+                torch.ops.aum_compress.selective_scan.default: _scan_node,
+                torch.ops.aum_compress.ssd.default: _ssd_node,
+            }
+        )
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -131,6 +137,11 @@ def _scan_node(
     )
 
 
+def _ssd_node(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, two_way: bool) -> Tensor:
+    name = f"{SCAN_DOMAIN}::{SSD_NAMES[two_way]}"
+    return torch.onnx.ops.symbolic(name, (x, dt, A, B, C, D), dtype=x.dtype, shape=x.shape, version=SCAN_VERSION)
+
+
 # torch traces its own translations at opset 18 and converts the whole graph to OPSET afterwards
 
 
@@ -143,10 +154,12 @@ def _dequantize_weight(weight, scale):
 
 
 def _finished(exported: ir.Model, metadata: OnnxMetadata) -> onnx.ModelProto:
-    function = ir.serde.deserialize_function(scan_function(OPSET))
-    if any(node.op_type == SCAN_NAME for node in exported.graph):
-        exported.functions[function.identifier()] = function
-        exported.opset_imports[SCAN_DOMAIN] = SCAN_VERSION
+    called = {node.op_type for node in exported.graph}
+    for proto in (scan_function(OPSET), *(ssd_function(OPSET, two_way) for two_way in SSD_NAMES)):
+        if proto.name in called:
+            function = ir.serde.deserialize_function(proto)
+            exported.functions[function.identifier()] = function
+            exported.opset_imports[SCAN_DOMAIN] = SCAN_VERSION
     exported.ir_version = IR_VERSION
     exported.producer_name, exported.producer_version = "aum-compress", __version__
     exported.graph.name = metadata.recipe or "aum_compress"

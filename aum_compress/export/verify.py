@@ -23,9 +23,10 @@ from aum_compress.export.verify_structure import (
     check_weights,
     load_onnx,
 )
-from aum_compress.models import mamba
+from aum_compress.models import mamba, mamba2
 from aum_compress.models.factory import Model
 from aum_compress.models.scan import selective_scan_oracle
+from aum_compress.models.ssd import ssd_oracle
 
 _SATURATED_DB, _SATURATION_GAP_DB = 35.0, 10.0
 _BATCHES = (2, 3)
@@ -125,7 +126,7 @@ def _value_checks(
             expected = written if model is None else _logits(model, features)
         yield compare(name, written, expected, limits[False], optimised=False)
         yield compare(name, run_session(sessions[True], features), expected, limits[True], optimised=True)
-        if model is not None and name != "clips" and any(isinstance(m, mamba.MambaMixer) for m in model.modules()):
+        if model is not None and name != "clips" and _scans(model):
             with _oracle_scan():
                 opinion = _logits(model, features)
             yield compare(f"{name} by the oracle scan", written, opinion, limits[False], optimised=False)
@@ -162,12 +163,16 @@ def _logits(model: Model, features: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(features)).numpy()
 
 
+def _scans(model: Model) -> bool:
+    return any(isinstance(module, mamba.MambaMixer | mamba2.Mamba2Mixer) for module in model.modules())
+
+
 @contextmanager
 def _oracle_scan() -> Iterator[None]:
-    """Lets every mixer run the definition in place of the kernel."""
-    kernel = mamba.selective_scan
-    mamba.selective_scan = selective_scan_oracle
+    """Lets every mixer run the definition in place of the kernel and of the matmul form."""
+    kernel, matmul_form = mamba.selective_scan, mamba2.ssd
+    mamba.selective_scan, mamba2.ssd = selective_scan_oracle, ssd_oracle
     try:
         yield
     finally:
-        mamba.selective_scan = kernel
+        mamba.selective_scan, mamba2.ssd = kernel, matmul_form
