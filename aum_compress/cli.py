@@ -13,9 +13,10 @@ import typer
 from typer.core import TyperGroup
 
 from aum_compress import __version__
+from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, print_json
-from aum_compress.console import log, log_error, say, show
+from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -52,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(budget_app, name="budget")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 
@@ -161,49 +163,6 @@ def export(
     export_bundle(bundle, folder, precisions)
     for name in precisions:
         say(f"{folder / file_name(name)}  verified")
-
-
-@app.command()
-def budget(
-    target: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx|PRESET", help="What to measure.")],
-    max_param_bytes: Annotated[int, typer.Option(min=1)] = 128_000,
-    max_macs: Annotated[int, typer.Option(min=1, help="For one second of audio.")] = 30_000_000,
-    classes: Annotated[int, typer.Option(min=2, help="Of a preset.")] = 10,
-    layers: Annotated[bool, typer.Option("--layers", help="Table of all layers.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Parameter bytes and MACs against the limits. Exit code 3 when over."""
-    from aum_compress.budget.records import Limits, enforce
-    from aum_compress.models.presets import PRESETS
-
-    limits, path = Limits(max_param_bytes, max_macs), Path(target)
-    if path.suffix == ".onnx":
-        from aum_compress.budget.check_onnx import check_onnx
-
-        report = check_onnx(path, limits)
-    elif target in PRESETS and not path.exists():
-        from aum_compress.budget.check import check_preset
-
-        report = check_preset(target, n_classes=classes, limits=limits)
-    else:
-        if not path.exists():
-            raise AumError(
-                f"{target}: no such bundle or ONNX file, and no preset of that name; presets: {', '.join(PRESETS)}"
-            )
-        from aum_compress.budget.check import check_bundle
-        from aum_compress.bundle import read_bundle
-
-        report = check_bundle(read_bundle(path), limits)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        from aum_compress.report.budget_table import budget_lines, budget_table
-
-        if layers:
-            show(budget_table(report))
-        for line in budget_lines(report):
-            say(line)
-    enforce(report)
 
 
 @app.command()

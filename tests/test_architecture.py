@@ -29,7 +29,7 @@ ORDER: tuple[set[str], ...] = (
     {"stages", "publish", "evaluate", "verifying"},
     {"pipeline"},
     {"cli_options"},
-    {"cli_data"},
+    {"cli_budget", "cli_data"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""
@@ -162,6 +162,7 @@ def inputs(tmp_path_factory):
         ("--help", 0, "run a compression recipe"),
         ("run --help", 0, "--until"),
         ("budget MODEL", 0, "param bytes: "),
+        ("budget plan --tokens 64", 0, "configurations fit"),
         ("predict MODEL WAV", 0, "vote"),
         ("recipes check quickstart", 0, "max_param_bytes: 128000"),
         ("data check ROOT", 2, "no such folder"),

@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from aum_compress.budget.pack import PackReport
 from aum_compress.budget.records import BudgetReport, LayerCost
 
 BAR_CELLS = 10
@@ -11,7 +12,7 @@ def budget_table(report: BudgetReport, top: int | None = None) -> Table:
     """One row a layer, with its share of all bytes and of all MACs.
 
     Args:
-        top: only this many layers, those that take most of either limit; a last row sums the others up. All layers,
+        top: only this many layers, those with the largest share of either; a last row sums the others up. All layers,
             in the model's order, when left out.
     """
     seconds = "" if report.clip_seconds == 1 else f" in {report.clip_seconds:g} s"
@@ -33,18 +34,60 @@ def budget_table(report: BudgetReport, top: int | None = None) -> Table:
     return table
 
 
+def pack_table(pack: PackReport) -> Table:
+    """One row a model of a pack, with its share of each limit."""
+    table = Table()
+    table.add_column("model", overflow="fold")
+    for heading in ("bytes", "MACs per second"):
+        table.add_column(heading, justify="right")
+        table.add_column("of limit", justify="right")
+    table.add_column("verdict")
+    for name, report in pack.reports.items():
+        limits = report.limits
+        table.add_row(
+            name,
+            f"{report.param_bytes:,}",
+            _percent(report.param_bytes, limits.max_param_bytes),
+            f"{report.macs:,}",
+            _percent(report.macs, limits.max_macs),
+            "OVER" if report.over else "within",
+        )
+    return table
+
+
+def pack_lines(pack: PackReport) -> list[str]:
+    """The verdict on a pack in words."""
+    over = f"OVER: {', '.join(pack.models_over)}" if pack.over else "within: every model fits on its own"
+    return [
+        f"largest by bytes: {pack.largest_by_bytes}, {pack.param_bytes:,}",
+        f"largest by MACs per second: {pack.largest_by_macs}, {pack.macs:,}",
+        over,
+    ]
+
+
 def budget_lines(report: BudgetReport) -> list[str]:
-    """The verdict in words: both gated figures against their limits, then all that is listed apart."""
+    """The verdict in words: the gated figures against their limits, then all that is listed apart."""
     limits = report.limits
     lines = [
         _against("param bytes", report.param_bytes, limits.max_param_bytes),
         _against("MACs per second", report.macs, limits.max_macs),
-        f"MACs counted alike by: {', '.join(report.witnesses)}",
     ]
+    if limits.max_params is not None:
+        lines.insert(1, _against("parameters", report.params, limits.max_params))
+    if limits.int8_weights:
+        wide = report.wide_params
+        lines.append(
+            f"weights stored in more than 8 bits: {wide:,} values: {'OVER, none may be' if wide else 'within'}"
+        )
+    lines.append(f"MACs counted alike by: {', '.join(report.witnesses)}")
     if report.dcase_bytes is not None and report.dcase_macs is not None:
         lines.append(
             f"what DCASE's script prints: {report.dcase_bytes:,} bytes, {report.dcase_macs:,} MACs a clip (not gated)"
         )
+    if report.peak_activation_bytes is not None:
+        lines.append(f"peak activations: {report.peak_activation_bytes:,} bytes alive at once (not gated)")
+    if report.file_bytes is not None:
+        lines.append(f"file: {report.file_bytes:,} bytes (not gated)")
     if report.front_end_macs is not None:
         lines.append(f"log-mel front-end: about {report.front_end_macs:,} MACs per second (outside the budget)")
     operations = ", ".join(f"{kind} {count:,}" for kind, count in report.elementwise.items())
@@ -52,15 +95,23 @@ def budget_lines(report: BudgetReport) -> list[str]:
     return lines + [f"note: {note}" for note in report.notes]
 
 
-def _against(what: str, found: int, limit: int) -> str:
+def _against(what: str, found: int, limit: int | None) -> str:
+    if limit is None:
+        return f"{what}: {found:,} (not limited)"
     verdict = f"OVER by {found - limit:,}" if found > limit else f"within, {limit - found:,} left"
     return f"{what}: {found:,} of {limit:,} ({found / limit:.1%}): {verdict}"
 
 
+def _percent(found: int, limit: int | None) -> str:
+    return "" if limit is None else f"{found / limit:.1%}"
+
+
 def _largest(report: BudgetReport, top: int) -> list[LayerCost]:
+    """By the larger of a layer's shares of the model's own bytes and MACs."""
+
     def share(layer: LayerCost) -> float:
-        by_bytes = layer.param_bytes / report.limits.max_param_bytes
-        return max(by_bytes, layer.macs / report.clip_seconds / report.limits.max_macs)
+        by_bytes = layer.param_bytes / max(1, report.param_bytes)
+        return max(by_bytes, layer.macs / max(1, report.macs_per_clip))
 
     return sorted(report.layers, key=share, reverse=True)[:top]
 
