@@ -14,6 +14,7 @@ from aum_compress.data.config import DataConfig
 from aum_compress.errors import RecipeError
 from aum_compress.models.config import (
     AudioMambaConfig,
+    Block,
     BlockConfig,
     BlockType,
     ConvStem,
@@ -104,6 +105,9 @@ class ModelSection(Section):
     d_state: Positive | None = None
     dt_rank: Positive | None = None
     block_type: BlockType | None = None
+    block: Block | None = None
+    """One block in full, repeated `depth` times, in place of d_inner, d_state, dt_rank and block_type: the only way to
+    name another mixer than mamba."""
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
     pool: Literal["class_token", "mean"] | None = None
     position: Literal["absolute", "rope", "none"] | None = None
@@ -122,6 +126,14 @@ class ModelSection(Section):
             raise ValueError(NO_BLOCKS)
         return self
 
+    @model_validator(mode="after")
+    def _blocks_are_named_once(self) -> "ModelSection":
+        keys = ("d_inner", "d_state", "dt_rank", "block_type", "checkpoint")
+        both = [key for key in keys if getattr(self, key, None) is not None]
+        if self.block is not None and both:
+            raise ValueError(f"block: says all about the blocks; leave out {', '.join(both)}")
+        return self
+
     def resolve(self, n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig | CPMobileConfig:
         """The full configuration for (F,T) features and C classes.
 
@@ -134,14 +146,18 @@ class ModelSection(Section):
             # the preset's own stem may not fit these features, and another one be given
             base = PRESETS[self.preset](PRESET_MELS, PRESET_FRAMES, n_classes)
             first: BlockConfig = base.blocks[0]
-            d_model = self.d_model or base.d_model
-            blocks = uniform_blocks(
-                self.depth or len(base.blocks),
-                d_model,
-                expand=(self.d_inner / d_model) if self.d_inner else first.d_inner / base.d_model,
-                d_state=self.d_state or first.d_state,
-                dt_rank=self.dt_rank,
-                block_type=self.block_type or first.block_type,
+            d_model, depth = self.d_model or base.d_model, self.depth or len(base.blocks)
+            blocks: tuple[Block, ...] = (
+                (self.block,) * depth
+                if self.block
+                else uniform_blocks(
+                    depth,
+                    d_model,
+                    expand=(self.d_inner / d_model) if self.d_inner else first.d_inner / base.d_model,
+                    d_state=self.d_state or first.d_state,
+                    dt_rank=self.dt_rank,
+                    block_type=self.block_type or first.block_type,
+                )
             )
             changes = {"n_mels": n_mels, "n_frames": n_frames, "d_model": d_model, "blocks": blocks}
             for key in ("stem", "pool", "position", "head"):
