@@ -1,6 +1,7 @@
-"""Budget of a torch model, a bundle or a named preset."""
+"""Budget of any torch module, of a model that reads features, a bundle or a named preset."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from pydantic import ValidationError
@@ -9,61 +10,109 @@ from torch import Tensor, nn
 from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.check_onnx import check_onnx
-from aum_compress.budget.dcase import INT8_NOTE, dcase_bytes, dcase_macs, holds_int8
+from aum_compress.budget.dcase import dcase_bytes, dcase_macs, dcase_notes
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree
-from aum_compress.budget.stored import state_as_it_is, stored_by_module
-from aum_compress.budget.traced import traced_operations
+from aum_compress.budget.stored import model_state, stored_by_module
+from aum_compress.budget.torch_trace import Example
+from aum_compress.budget.traced import traced_costs
 from aum_compress.bundle import Bundle
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, build_model
 from aum_compress.models.mamba import MambaMixer
+from aum_compress.models.mamba2 import Mamba2Mixer
 from aum_compress.models.presets import PRESETS
 from aum_compress.models.quantized import QuantizedLayer
+
+
+def check_module(
+    model: nn.Module,
+    example: Example,
+    *,
+    clip_seconds: float = 1.0,
+    stored: Mapping[str, Tensor] | None = None,
+    limits: Limits | None = None,
+) -> BudgetReport:
+    """The budget of any torch module, run once on an example of its input.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv1d(1, 8, 9, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 1998, 10))
+    >>> report = check_module(model, torch.zeros(1, 1, 8000), clip_seconds=1.0)  # 1 s at 8 kHz, a batch of one
+    >>> report.macs  # 1998 * 8 * 9 and 15984 * 10
+    303696
+    >>> report.param_bytes, report.over
+    (639720, True)
+
+    `budget.records.enforce(report)` raises BudgetExceeded for a model that is over. For one of the project's own
+    models the count from its configuration must agree with the traced graph's, layer by layer.
+
+    Args:
+        model: in any mode and precision and on any device, `meta` included; it is copied, not changed.
+        example: one clip, as the model is called with it: a tensor, a tuple of positional arguments or a dict of
+            keyword arguments, among them integers (tokens) or nested tuples (states). Values do not matter, but for
+            indices, which must be valid.
+        clip_seconds: how much audio the example stands for; MACs are gated for one second.
+        stored: name -> tensor at the width that the deployed model stores, with scales and zero points, where that is
+            another than in memory (`budget.stored`); the model's own state when left out.
+        limits: DCASE's when left out.
+
+    Raises:
+        AumError: an operator whose cost is unknown, named with its layer; a model that does not run on the example or
+            branches on its values; two counts that differ; `stored` that lacks a tensor of the model.
+    """
+    if not clip_seconds > 0:
+        raise AumError(f"clip_seconds: found {clip_seconds}, wanted a positive number")
+    tensors = stored_by_module(model, stored)
+    costs = traced_costs(model, example)
+    operations = costs.operations
+    witnesses = {"traced graph": {name: own.macs for name, own in operations.items()}}
+    if isinstance(model, Model):
+        wanted = (1, 1, model.config.n_mels, model.config.n_frames)
+        if not isinstance(example, Tensor) or tuple(example.shape) != wanted:
+            raise AumError(f"example of a {type(model).__name__}: wanted a tensor {wanted}, as its configuration says")
+        witnesses["configuration"] = analytic_macs(model.config)
+        agree(witnesses)
+    modules = dict(model.named_modules())
+    layers = []
+    for name in dict.fromkeys((*modules, *tensors, *operations)):
+        own, done = tensors.get(name, Stored()), operations.get(name, Operations())
+        if own.param_bytes or done.macs or done.elementwise:
+            cost = (own.param_bytes, own.params, done.macs, done.elementwise, own.wide_params)
+            layers.append(LayerCost(name, _kind(modules[name]) if name in modules else "function", *cost))
+    printed_bytes = dcase_bytes(model, model_state(model) if stored is None else stored)
+    printed_macs = dcase_macs(model, example)
+    return BudgetReport(
+        layers=tuple(layers),
+        limits=limits or Limits(),
+        clip_seconds=clip_seconds,
+        witnesses=tuple(witnesses),
+        dcase_bytes=printed_bytes,
+        dcase_macs=printed_macs,
+        peak_activation_bytes=costs.peak_activation_bytes,
+        notes=dcase_notes(model, sum(own.param_bytes for own in tensors.values()), printed_bytes, printed_macs),
+    )
 
 
 def check_model(
     model: nn.Module, spec: InputSpec, stored: Mapping[str, Tensor] | None = None, limits: Limits | None = None
 ) -> BudgetReport:
-    """The budget of a model that reads one clip's features (1,1,F,T).
-
-    For the project's own models the count from configuration must agree with the traced graph's, layer by layer.
+    """`check_module` for a model that reads one clip's features (1,1,F,T), with the front-end's cost beside.
 
     Args:
         stored: the state at its stored width (`models.quantized.stored_tensors`); the model's own when left out.
         limits: DCASE's when left out.
 
     Raises:
-        AumError: an operator whose cost is unknown, two counts that differ, or features that the model does not take.
+        AumError: as `check_module`, and features that the model is not built for.
     """
-    ours = isinstance(model, Model)
-    if ours and (model.config.n_mels, model.config.n_frames) != spec.feature_shape[1:]:
+    if isinstance(model, Model) and (model.config.n_mels, model.config.n_frames) != spec.feature_shape[1:]:
         raise AumError(
             f"features of one clip are {spec.feature_shape[1:]} mel bins x frames, the model's configuration says "
             f"{(model.config.n_mels, model.config.n_frames)}; use the input specification that it was built for"
         )
-    state = state_as_it_is(model) if stored is None else stored
-    tensors = stored_by_module(model, state)
-    operations = traced_operations(model, spec.feature_shape)
-    witnesses = {"traced graph": {name: own.macs for name, own in operations.items()}}
-    if ours:
-        witnesses["configuration"] = analytic_macs(model.config)
-        agree(witnesses)
-    layers = []
-    for name, module in model.named_modules():
-        own, done = tensors.get(name, Stored()), operations.get(name, Operations())
-        if own.param_bytes or done.macs or done.elementwise:
-            cost = (own.param_bytes, own.params, done.macs, done.elementwise, own.wide_params)
-            layers.append(LayerCost(name, _kind(module), *cost))
-    return BudgetReport(
-        layers=tuple(layers),
-        limits=limits or Limits(),
-        clip_seconds=spec.clip_seconds,
-        witnesses=tuple(witnesses),
-        dcase_bytes=dcase_bytes(model, state),
-        dcase_macs=dcase_macs(model, spec.feature_shape),
-        front_end_macs=front_end_macs(spec),
-        notes=(INT8_NOTE,) if holds_int8(model) else (),
-    )
+    features = torch.zeros(1, *spec.feature_shape)
+    report = check_module(model, features, clip_seconds=spec.clip_seconds, stored=stored, limits=limits)
+    return replace(report, front_end_macs=front_end_macs(spec))
 
 
 def check_bundle(bundle: Bundle, limits: Limits | None = None) -> BudgetReport:
@@ -96,15 +145,16 @@ def check_preset(
     except ValidationError as error:
         details = "; ".join(problem["msg"] for problem in error.errors())
         raise AumError(f"preset {name} does not fit {n_mels} mel bins x {n_frames} frames: {details}") from None
-    with torch.random.fork_rng(devices=[]):  # a check must not change what training draws
-        return check_model(build_model(config), spec, limits=limits)
+    with torch.device("meta"):  # neither drawn nor, for the large ones, computed with
+        model = build_model(config)
+    return check_model(model, spec, limits=limits)
 
 
 def _kind(module: nn.Module) -> str:
     """How a layer is called in tables."""
     if isinstance(module, QuantizedLayer):
         return "int8 linear" if module.convolution is None else "int8 conv"
-    if isinstance(module, MambaMixer):
+    if isinstance(module, MambaMixer | Mamba2Mixer):
         return "scan"
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return "conv"
