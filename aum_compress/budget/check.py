@@ -81,6 +81,12 @@ def check_module(
             layers.append(LayerCost(name, _kind(modules[name]) if name in modules else "function", *cost))
     printed_bytes = dcase_bytes(model, model_state(model) if stored is None else stored)
     printed_macs = dcase_macs(model, example)
+    notes = dcase_notes(model, sum(own.param_bytes for own in tensors.values()), printed_bytes, printed_macs)
+    if costs.constant_bytes:
+        notes.append(
+            f"{costs.constant_bytes:,} bytes of tensors that are neither parameters nor persistent buffers are not "
+            "counted: if the deployed model stores them, make them buffers"
+        )
     return BudgetReport(
         layers=tuple(layers),
         limits=limits or Limits(),
@@ -89,7 +95,7 @@ def check_module(
         dcase_bytes=printed_bytes,
         dcase_macs=printed_macs,
         peak_activation_bytes=costs.peak_activation_bytes,
-        notes=dcase_notes(model, sum(own.param_bytes for own in tensors.values()), printed_bytes, printed_macs),
+        notes=tuple(notes),
     )
 
 

@@ -42,7 +42,7 @@ def dcase_bytes(model: nn.Module, stored: Mapping[str, Tensor]) -> int:
     )
 
 
-def dcase_notes(model: nn.Module, param_bytes: int, printed_bytes: int, printed_macs: int | None) -> tuple[str, ...]:
+def dcase_notes(model: nn.Module, param_bytes: int, printed_bytes: int, printed_macs: int | None) -> list[str]:
     """What has to be said beside the two figures.
 
     Args:
@@ -56,7 +56,7 @@ def dcase_notes(model: nn.Module, param_bytes: int, printed_bytes: int, printed_
         )
     if printed_macs is None:
         notes.append("dcase_macs is absent: torchinfo 1.8.0, which DCASE's script runs, fails on this model")
-    return tuple(notes)
+    return notes
 
 
 def holds_int8(model: nn.Module) -> bool:

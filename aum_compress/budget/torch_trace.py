@@ -88,9 +88,10 @@ def trace(model: nn.Module, example: Example) -> Trace:
     except AumError:
         raise
     except Exception as error:  # whatever the traced model itself raises
+        reason = (str(error).splitlines() or [""])[0]  # some print whole tensors behind
         raise AumError(
-            f"{name}: cannot be traced on input {shapes}: {type(error).__name__}: {error}. Wanted a module in plain "
-            "torch, without TorchScript, that takes this example"
+            f"{name}: cannot be traced on input {shapes}: {type(error).__name__}: {reason}. Wanted a module in plain "
+            "torch, without TorchScript, that registers its layers and takes this example"
         ) from error
     places = [*reads.places, *(_line(w.filename, w.lineno) for w in found if _leaves_torch(w))]
     if places:

@@ -26,6 +26,9 @@ class TracedCosts:
     path."""
     peak_activation_bytes: int
     """As `torch_memory.peak_activation_bytes` defines it, in float32."""
+    constant_bytes: int
+    """Of tensors in the graph that are neither inputs nor in the state dict: buffers that are not persistent, and
+    tensors that the model keeps in plain attributes."""
 
 
 def traced_costs(model: nn.Module, example: Example) -> TracedCosts:
@@ -36,7 +39,7 @@ def traced_costs(model: nn.Module, example: Example) -> TracedCosts:
             one that branches on values.
     """
     traced = trace(model, example)
-    return TracedCosts(_operations(traced), peak_activation_bytes(traced))
+    return TracedCosts(_operations(traced), peak_activation_bytes(traced), _constant_bytes(traced))
 
 
 def traced_operations(model: nn.Module, example: Example) -> dict[str, Operations]:
@@ -71,6 +74,16 @@ def _operations(traced: Trace) -> dict[str, Operations]:
         for path, cost in counted.items()
         if (macs := cost.pop(MAC, 0)) or cost
     }
+
+
+def _constant_bytes(traced: Trace) -> int:
+    values = [
+        node.t("value")
+        for node, _ in traced.nodes()
+        if node.kind() == "prim::Constant" and node.hasAttribute("value") and node.kindOf("value") == "t"
+    ]
+    # a factor is no table; one tensor that is read twice is written down twice
+    return sum({(value.data_ptr(), value.shape): value.nbytes for value in values if value.dim()}.values())
 
 
 def _operator(node) -> str:
