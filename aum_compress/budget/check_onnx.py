@@ -7,8 +7,10 @@ from pydantic import ValidationError
 
 from aum_compress.audio.config import InputSpec
 from aum_compress.budget.analytic import analytic_macs, front_end_macs
-from aum_compress.budget.onnx_file import input_record, open_batch, read_onnx
-from aum_compress.budget.onnx_graph import onnx_operations, onnx_stored
+from aum_compress.budget.onnx_bytes import explain_bytes
+from aum_compress.budget.onnx_file import file_bytes, input_record, read_onnx
+from aum_compress.budget.onnx_graph import measure_graph
+from aum_compress.budget.onnx_stored import onnx_stored
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree
 from aum_compress.errors import AumError
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
@@ -19,49 +21,57 @@ def check_onnx(
     limits: Limits | None = None,
     *,
     config: AudioMambaConfig | CPMobileConfig | None = None,
+    stored: Mapping[str, tuple[int, str]] | None = None,
     clip_seconds: float | None = None,
     dims: Mapping[str, int] | None = None,
+    trips: Mapping[str, int] | None = None,
 ) -> BudgetReport:
     """The budget of one run of the graph, taken to be one clip.
 
     Args:
         limits: DCASE's when left out.
         config: of the model that was exported; the count from it must then agree with the graph's, layer by layer.
+        stored: bytes and type of each tensor of the bundle that was exported (`onnx_bytes.bundle_sizes`); what the
+            file stores must then follow from them, to the byte.
         clip_seconds: length of a clip; when left out, what the file's own metadata say, else 1 s, with a note.
         dims: size of each symbolic input dimension; a leading one not named here is a batch of one.
+        trips: name of a Loop, or of one of its outputs -> trips to count; needed where their number depends on values.
 
     Raises:
-        ModelFileError: not an ONNX file, cut short, weights beside it absent, a dimension without a value.
+        ModelFileError: not an ONNX file, cut short, weights beside it absent, a dimension without a value, a Loop whose
+            trips are unknown.
         AumError: an operator whose cost is unknown, or two counts that differ.
     """
     model = read_onnx(path)
-    operations = onnx_operations(model, str(path), dims)
-    stored, left_out = onnx_stored(model)
+    measured = measure_graph(model, str(path), dims, trips)
+    layers, left_out = onnx_stored(model)
     spec = _input_spec(input_record(model))
-    notes = []
+    notes = [*measured.notes]
     if left_out:
         notes.append(f"{left_out:,} bytes of shapes, axes and single constants are structure, not parameters")
-    if any(node.op_type == "Scan" for node in model.graph.node):
-        notes.append("products around a Scan of another maker are elementwise here: its MACs are a lower bound")
-    if batch := open_batch(model, dims or {}):
-        notes.append(f"input {', '.join(batch)} is open in its first axis: counted for a batch of one")
+    if stored is not None:
+        notes.append(explain_bytes(model, stored, str(path)).summary)
     if clip_seconds is None:
         clip_seconds = 1.0 if spec is None else spec.clip_seconds
         if spec is None:
             notes.append("the file does not say how long a clip is: one run is taken to be 1 s of audio")
     if clip_seconds <= 0:
         raise AumError(f"{path}: clip_seconds: found {clip_seconds}, wanted a positive number")
-    witnesses = {"ONNX graph": {name: own.macs for name, own in operations.items()}}
+    witnesses = {"ONNX graph": {name: own.macs for name, own in measured.operations.items()}}
     if config is not None:
         witnesses["configuration"] = analytic_macs(config)
         agree(witnesses)
-    names = dict.fromkeys((*stored, *operations))
+    names = dict.fromkeys((*layers, *measured.operations))
     return BudgetReport(
-        layers=tuple(_layer(name, stored.get(name, Stored()), operations.get(name, Operations())) for name in names),
+        layers=tuple(
+            _layer(name, layers.get(name, Stored()), measured.operations.get(name, Operations())) for name in names
+        ),
         limits=limits or Limits(),
         clip_seconds=clip_seconds,
         witnesses=tuple(witnesses),
         front_end_macs=None if spec is None else front_end_macs(spec),
+        peak_activation_bytes=measured.peak_activation_bytes,
+        file_bytes=file_bytes(path, model),
         notes=tuple(notes),
     )
 

@@ -1,304 +1,293 @@
-"""Third witness: MACs and elementwise operations of an ONNX graph, by layer, and the bytes that it stores. Torch-free.
+"""Third witness: MACs, elementwise operations and peak memory of an ONNX graph, by layer. Torch-free.
 
 Works on any ONNX file. A layer is what names a node's weights have in common (`layers.0.mixer.in_proj.weight` belongs
-to `layers.0.mixer.in_proj`); nodes without weights count for the graph itself, named "".
+to `layers.0.mixer.in_proj`); a node without weights counts for the node or function around it, at last for the graph
+itself, named "". The graph is followed node by node, into functions and bodies, with the sizes of one run.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx
-from onnx import helper
 
-from aum_compress.budget.analytic import einsum_macs
-from aum_compress.budget.onnx_file import TensorType, body_model, expand, infer, settle_shapes, stored_constants
-from aum_compress.budget.operators import MAC, ONNX_FREE, ONNX_POOLS, ONNX_READ, ONNX_WRITTEN
-from aum_compress.budget.records import Operations, Stored, wide_values
+from aum_compress.budget.onnx_contrib import contrib_function
+from aum_compress.budget.onnx_control import CONTROL, BodyRun, ControlRun, run_if, run_loop, run_scan
+from aum_compress.budget.onnx_cost import COUNTED, Cost, node_operations, source_of
+from aum_compress.budget.onnx_file import input_sizes
+from aum_compress.budget.onnx_functions import bound, definition
+from aum_compress.budget.onnx_memory import Step, peak_bytes
+from aum_compress.budget.onnx_recurrence import Neighbourhood, around_recurrences, is_recurrence, silu_gates
+from aum_compress.budget.onnx_stored import scale_names
+from aum_compress.budget.onnx_values import (
+    FLOATING,
+    Origin,
+    Scope,
+    Unsized,
+    Value,
+    constant_value,
+    outputs_of,
+    schema_of,
+    stored_value,
+)
+from aum_compress.budget.operators import ONNX_BY_DEFINITION
+from aum_compress.budget.records import Operations
 from aum_compress.errors import AumError, ModelFileError, join_problems
 
 SCAN_FUNCTION = ("aum_compress", "SelectiveScan")
 """Domain and name of the model-local function that `export` writes around a scan."""
 
-STANDARD = ("", "ai.onnx")
-CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
-PRODUCTS = (*CONVOLUTIONS, "MatMul", "MatMulInteger", "QLinearMatMul", "Gemm", "Einsum")
-BIAS = {"Conv": 2, "ConvTranspose": 2, "QLinearConv": 8, "Gemm": 2}
-"""Place of the bias among the inputs."""
-NARROW_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-SCALES = ("QuantizeLinear", "DequantizeLinear")
-PASSED = ("Cast", "DequantizeLinear", "Exp", "Identity", "Neg", "QuantizeLinear", "Reshape", "Transpose", "Unsqueeze")
-"""Operators through which a weight stays recognisable as one."""
-KNOWN = frozenset((*PRODUCTS, *ONNX_WRITTEN, *ONNX_READ, *ONNX_POOLS, *ONNX_FREE, "Scan"))
-
 
 @dataclass(frozen=True)
-class _Call:
-    """A node that calls a model-local function."""
+class GraphCost:
+    """What one run of a graph computes and needs."""
 
-    layer: str
-    is_scan: bool
-
-
-class _Origins:
-    """Where values of a graph come from."""
-
-    def __init__(self, graph: onnx.GraphProto, weights: Set[str]) -> None:
-        self.makers = {name: node for node in graph.node for name in node.output}
-        self.weights = weights
-        self.silu_gates = {
-            gate for node in graph.node if node.op_type == "Mul" for gate in node.input if self._gates(gate, node)
-        }
-        """Outputs of a Sigmoid that its own input is multiplied by: the two nodes are one SiLU."""
-
-    def _gates(self, gate: str, product: onnx.NodeProto) -> bool:
-        maker = self.makers.get(gate)
-        return maker is not None and maker.op_type == "Sigmoid" and maker.input[0] in product.input
-
-    def layer(self, node: onnx.NodeProto) -> str:
-        """By the first weight among the inputs; "" without one."""
-        for name in node.input:
-            if weight := self._weight_behind(name):
-                return layer_name(weight)
-        return ""
-
-    def _weight_behind(self, name: str) -> str | None:
-        while name not in self.weights:
-            maker = self.makers.get(name)
-            if maker is None or maker.op_type not in PASSED:
-                return None
-            name = maker.input[0]
-        return name
+    operations: Mapping[str, Operations]
+    """Layer -> operations."""
+    peak_activation_bytes: int | None
+    """None where the size of a value depends on other values; see `onnx_memory` for what is assumed."""
+    notes: tuple[str, ...]
+    """What had to be assumed: trips, branches, the batch."""
 
 
-@dataclass(frozen=True)
-class _Scope:
-    """A graph under count: the main one, or the body of a Scan with all that surrounds it."""
+def measure_graph(
+    model: onnx.ModelProto, source: str, dims: Mapping[str, int] | None = None, trips: Mapping[str, int] | None = None
+) -> GraphCost:
+    """Follows one run of the graph.
 
-    model: onnx.ModelProto
-    types: Mapping[str, TensorType]
-    origins: _Origins
-    source: str
-    calls: Mapping[str, _Call]
-    enclosing: _Call | None = None
-    in_scan: bool = False
-    """In the body of a Scan, where every product is a MAC and every sum belongs to one."""
-
-    def shape(self, name: str, node: onnx.NodeProto) -> tuple[int, ...]:
-        found = self.types.get(name)
-        if found is not None and found.HasField("shape"):
-            sizes = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in found.shape.dim)
-            if min(sizes, default=0) >= 0:
-                return sizes
-        raise ModelFileError(
-            f"{self.source}: {node.op_type} {node.name or node.output[0]}: the size of {name!r} does not follow from "
-            "those of the inputs, so it cannot be counted; export the model with fixed sizes"
-        )
-
-    def size(self, name: str, node: onnx.NodeProto) -> int:
-        return math.prod(self.shape(name, node))
-
-    def call(self, node: onnx.NodeProto) -> _Call | None:
-        """The function call that the node came out of."""
-        return self.enclosing if self.in_scan else self.calls.get(node.doc_string)
-
-
-def layer_name(weight: str) -> str:
-    """The layer that a tensor belongs to: its name without the last part."""
-    return weight.rpartition(".")[0] if "." in weight else weight
-
-
-def onnx_operations(
-    model: onnx.ModelProto, source: str, dims: Mapping[str, int] | None = None
-) -> dict[str, Operations]:
-    """Layer -> operations in one run of the graph. A `Scan` body counts once for every step.
-
-    A product counts as a MAC inside a Scan and inside the function `aum_compress::SelectiveScan`, elsewhere as the
-    elementwise operation `multiply`; a SiLU's own product belongs to the SiLU.
+    A product counts as a MAC inside the function `aum_compress::SelectiveScan`, and in and around a Scan or a Loop that
+    carries floating-point values; elsewhere as the elementwise operation `multiply`. A SiLU's own product belongs to
+    the SiLU. A body counts once for every step or trip; of two branches the more expensive one counts. Integers that
+    follow from constants and sizes alone are shapes and axes, and not counted.
 
     Args:
         source: file name for messages.
         dims: size of each symbolic input dimension; a leading one not named here is a batch of one.
+        trips: name of a Loop, or of one of its outputs -> trips to count; needed where their number depends on values.
 
     Raises:
-        ModelFileError: a dimension without a value, or sizes that do not follow from the inputs.
+        ModelFileError: a dimension without a value, sizes that do not follow from the inputs or contradict each other,
+            a Loop whose trips are unknown.
         AumError: an operator that is neither counted nor known as free.
     """
-    origins = _Origins(model.graph, _weights(model))
-    calls = {
-        str(number): _Call(origins.layer(node), (node.domain, node.op_type) == SCAN_FUNCTION)
-        for number, node in enumerate(model.graph.node)
-    }
-    whole = expand(model, source, dims or {})
-    _refuse_unknown(whole.graph, source)
-    settle_shapes(whole, source)
-    scope = _Scope(whole, infer(whole, source), _Origins(whole.graph, origins.weights), source, calls)
-    found: dict[str, Counter[str]] = defaultdict(Counter)
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    _count_graph(scope, 1, found, kinds)
-    return {
-        layer: Operations(own.pop(MAC, 0), dict(sorted(own.items())), kinds[layer].most_common(1)[0][0])
-        for layer, own in found.items()
-    }
-
-
-def _refuse_unknown(graph: onnx.GraphProto, source: str) -> None:
-    unknown: list[str] = []
-    graphs = [graph]
-    for inner in graphs:  # grows on the way
-        for node in inner.node:
-            if node.op_type not in KNOWN or node.domain not in STANDARD:
-                operator = "::".join(filter(None, (node.domain, node.op_type)))
-                unknown.append(f"{node.name or node.output[0]}: {operator}")
-            elif node.op_type == "Scan":
-                graphs.append(helper.get_node_attr_value(node, "body"))
-    if unknown:
+    types, batches = input_sizes(model, source, dims or {})
+    walk = _Walk(model, source, trips or {})
+    scope = Scope(_opsets(model.opset_import))
+    inputs = [Value(name, kind) for name, kind in types.items()]
+    found = walk.graph(model.graph, scope, inputs)
+    if walk.unknown:
         raise AumError(
-            join_problems(f"{source}: operators whose cost is unknown, and which cannot count as zero:", unknown)
+            join_problems(f"{source}: operators whose cost is unknown, and which cannot count as zero:", walk.unknown)
             + "\nGive them a place in aum_compress/budget/operators.py, as arithmetic or as free"
         )
+    if foreign := (trips or {}).keys() - walk.loops:
+        raise ModelFileError(f"{source}: no Loop is named, or makes, {', '.join(sorted(foreign))}")
+    notes = list(dict.fromkeys(walk.notes))
+    if batches:
+        notes.append(f"input {', '.join(batches)} is open in its first axis: counted for a batch of one")
+    if found.peak_bytes is None:
+        notes.append("peak activation bytes are unknown: the size of a value depends on other values")
+    return GraphCost(found.cost.operations(), found.peak_bytes, tuple(notes))
 
 
-def _weights(model: onnx.ModelProto) -> set[str]:
-    scales = _scale_names(model)
-    return {
-        name
-        for name, tensor in stored_constants(model)
-        if name in scales or (math.prod(tensor.dims) > 1 and tensor.data_type != onnx.TensorProto.INT64)
-    }
+def _opsets(imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    return {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in imports}
 
 
-def _scale_names(model: onnx.ModelProto) -> set[str]:
-    """Quantisation scales and zero points."""
-    return {name for node in model.graph.node if node.op_type in SCALES for name in node.input[1:]}
+class _LostBody(Exception):
+    """A body that makes something from an unknown operator."""
 
 
-def _count_graph(scope: _Scope, times: int, found: dict[str, Counter[str]], kinds: dict[str, Counter[str]]) -> None:
-    """Adds, layer by layer, to `found` what a graph that runs `times` times computes, to `kinds` what its MACs are."""
-    for node in scope.model.graph.node:
-        call = scope.call(node)
-        layer = call.layer if call else scope.origins.layer(node)
-        if node.op_type == "Scan":
-            body, steps = _scan_body(scope, node)
-            _count_graph(body, times * steps, found, kinds)
-            continue
-        for kind, count in _count_node(scope, node).items():
-            if count:
-                found[layer][kind] += count * times
-                kinds[layer][_kind(scope, node)] += count * times if kind == MAC else 0
+class _Walk:
+    """One pass over a model. Problems with operators are collected, so that all are named at once."""
+
+    def __init__(self, model: onnx.ModelProto, source: str, trips: Mapping[str, int]) -> None:
+        self.source = source
+        self.trips = trips
+        self.functions = {(function.domain, function.name): function for function in model.functions}
+        self.scales = scale_names(model)
+        self.unknown: list[str] = []
+        self.notes: list[str] = []
+        self.loops: set[str] = set()
+        """Names that `trips` may use."""
+
+    def graph(self, graph: onnx.GraphProto, scope: Scope, inputs: Sequence[Value]) -> BodyRun:
+        """One run of the main graph, or of a body whose inputs stand in `inputs` in their order."""
+        for tensor in graph.initializer:
+            scope.values[tensor.name] = stored_value(tensor.name, tensor, self._is_weight(tensor.name, tensor))
+        for tensor in graph.sparse_initializer:
+            scope.values[tensor.values.name] = stored_value(tensor.values.name, tensor, is_weight=True)
+        names = [value.name for value in graph.input if scope.outer is not None or value.name not in scope.values]
+        for name, value in zip(names, inputs):
+            value.name = name
+            scope.values[name] = value
+        cost = Cost()
+        steps = self._nodes(graph.node, scope, cost)
+        outputs = [self._read(scope, output.name, "an output of the graph") for output in graph.output]
+        return BodyRun(outputs, cost, peak_bytes(inputs, steps, outputs))
+
+    def _nodes(self, nodes: Sequence[onnx.NodeProto], scope: Scope, cost: Cost) -> list[Step]:
+        """Gives `scope` what the nodes make, `cost` what they compute, and says what they do to memory."""
+        for node in nodes:
+            if node.op_type == "Constant" and len(node.attribute) == 1:
+                held = node.attribute[0].t
+                scope.values[node.output[0]] = constant_value(node, self._is_weight(node.output[0], held))
+        gates = silu_gates(nodes)
+        near = Neighbourhood() if scope.is_scan or scope.recurs else around_recurrences(nodes, scope, gates)
+        steps: list[Step] = []
+        for node in nodes:
+            if node.op_type == "Constant":
+                continue
+            inputs = [self._read(scope, name, _title(node)) if name else None for name in node.input]
+            try:
+                steps += self._node(node, inputs, scope, cost, gates, near)
+            except Unsized as error:
+                raise ModelFileError(
+                    f"{self.source}: {node.op_type} {_title(node)}: the size of {str(error)!r} does not follow from "
+                    "those of the inputs, so it cannot be counted; export the model with fixed sizes"
+                ) from None
+        return steps
+
+    def _node(
+        self,
+        node: onnx.NodeProto,
+        inputs: Sequence[Value | None],
+        scope: Scope,
+        cost: Cost,
+        gates: set[str],
+        near: Neighbourhood,
+    ) -> Sequence[Step]:
+        given = [value for value in inputs if value is not None]
+        local = self.functions.get((node.domain, node.op_type))
+        if local is not None:
+            return self._call(node, local, inputs, scope, cost)
+        schema = schema_of(node, scope.opsets)
+        if schema is not None and node.op_type in CONTROL and not (node.op_type == "Scan" and schema.since_version < 9):
+            if any(value.is_lost for value in given):
+                return self._lose(node, scope)
+            return self._control(node, inputs, scope, cost)
+        if schema is not None and node.op_type in COUNTED:
+            if any(value.is_lost for value in given):
+                return self._lose(node, scope)
+            made = outputs_of(node, inputs, scope.opsets, self.source)
+            self._take(node, made, scope)
+            # of what is made from constants, integers are sizes and axes; floats are tables, which torch computes too
+            if any(value.origin is not Origin.STRUCTURE or value.element in FLOATING for value in made):
+                in_recurrence = scope.recurs or scope.is_scan
+                found = node_operations(node, inputs, made, gates, near, in_recurrence)
+                source = source_of(node, in_recurrence or node.output[0] in near.products)
+                cost.add(scope.layer_of(node), source, found)
+            return [Step(given, [value for value in made if value.name])]
+        if any(value.is_lost for value in given):
+            function = None
+        elif schema is not None:
+            function = definition(node, schema, given) if node.op_type in ONNX_BY_DEFINITION else None
+        else:
+            function = contrib_function(node, inputs)
+        if function is None:
+            operator = "::".join(filter(None, (node.domain, node.op_type)))
+            layer = scope.layer_of(node)
+            self.unknown.append(f"{_title(node)}: {operator}{f' (layer {layer})' if layer else ''}")
+            return self._lose(node, scope)
+        return [self._defined(node, function, inputs, scope, cost)]
+
+    def _call(
+        self,
+        node: onnx.NodeProto,
+        function: onnx.FunctionProto,
+        inputs: Sequence[Value | None],
+        scope: Scope,
+        cost: Cost,
+        whole: bool = False,
+    ) -> list[Step]:
+        """The nodes of a function, as if they stood in place of its call."""
+        is_scan = (node.domain, node.op_type) == SCAN_FUNCTION
+        inner = Scope(
+            _opsets(function.opset_import),
+            scope,
+            layer=scope.layer_of(node),
+            sees_outer=False,
+            whole=whole or is_scan or scope.whole,
+            is_scan=is_scan or scope.is_scan,
+        )
+        inner.values |= {name: value for name, value in zip(function.input, inputs) if value is not None}
+        steps = self._nodes(bound(function, node), inner, cost)
+        made = []
+        for formal, name in zip(function.output, node.output):
+            if name:
+                value = self._read(inner, formal, f"an output of function {function.name}")
+                scope.values[name] = value
+                made.append(value)
+        return steps
+
+    def _defined(
+        self,
+        node: onnx.NodeProto,
+        function: onnx.FunctionProto,
+        inputs: Sequence[Value | None],
+        scope: Scope,
+        cost: Cost,
+    ) -> Step:
+        """An operator that is defined by others, but runs as one: what the others pass on takes no memory."""
+        self._call(node, function, inputs, scope, cost, whole=True)
+        made = [Value(name, (own := scope.values[name]).type, own.origin, own.content) for name in node.output if name]
+        self._take(node, made, scope)
+        return Step([value for value in inputs if value is not None], made)
+
+    def _control(
+        self, node: onnx.NodeProto, inputs: Sequence[Value | None], scope: Scope, cost: Cost
+    ) -> Sequence[Step]:
+        read: dict[Value, None] = dict.fromkeys(value for value in inputs if value is not None)
+        layer = scope.layer_of(node)
+
+        def run(body: onnx.GraphProto, given: Sequence[Value]) -> BodyRun:
+            inner = Scope(scope.opsets, scope, layer=layer, recurs=is_recurrence(node) or scope.recurs)
+            found = self.graph(body, inner, given)
+            read.update(inner.captured)
+            if any(value.is_lost for value in found.outputs):
+                raise _LostBody
+            return found
+
+        found: ControlRun
+        try:
+            if node.op_type == "If":
+                found = run_if(node, inputs[0], run)
+            elif node.op_type == "Loop":
+                self.loops.update({node.name, *node.output})
+                found = run_loop(node, inputs, run, self.trips, self.source)
+            else:
+                found = run_scan(node, inputs, run)
+        except _LostBody:
+            return self._lose(node, scope)
+        cost.include(found.cost, 1)
+        if found.note:
+            self.notes.append(found.note)
+        made = [Value(name, kind) for name, kind in zip(node.output, found.types)]
+        self._take(node, made, scope)
+        return [Step(list(read), [value for value in made if value.name], found.peak_bytes)]
+
+    def _read(self, scope: Scope, name: str, reader: str) -> Value:
+        value = scope.find(name)
+        if value is None:
+            raise ModelFileError(
+                f"{self.source}: {reader} reads {name!r}, which nothing before it makes: the file is damaged or was "
+                "cut short; export it again"
+            )
+        return value
+
+    def _take(self, node: onnx.NodeProto, made: Sequence[Value], scope: Scope) -> None:
+        scope.values |= {value.name: value for value in made if value.name}
+
+    def _lose(self, node: onnx.NodeProto, scope: Scope) -> Sequence[Step]:
+        """Goes on past an unknown operator, to find the others."""
+        self._take(node, [Value(name, None, is_lost=True) for name in node.output], scope)
+        return ()
+
+    def _is_weight(self, name: str, tensor: onnx.TensorProto) -> bool:
+        """A stored tensor that gives its name to a layer."""
+        several = math.prod(tensor.dims) > 1 and tensor.data_type != onnx.TensorProto.INT64
+        return name in self.scales or several
 
 
-def _kind(scope: _Scope, node: onnx.NodeProto) -> str:
-    call = scope.call(node)
-    if scope.in_scan or (call is not None and call.is_scan):
-        return "scan"
-    if node.op_type in PRODUCTS:
-        return "conv" if node.op_type in CONVOLUTIONS else "linear"
-    return "elementwise"
-
-
-def _scan_body(scope: _Scope, node: onnx.NodeProto) -> tuple[_Scope, int]:
-    """The body of a Scan with the sizes of one step, and the number of steps."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    scanned = attributes["num_scan_inputs"]
-    axes = attributes.get("scan_input_axes", [0] * scanned)
-    states = len(node.input) - scanned
-    inputs = []
-    steps = 0
-    for place, name in enumerate(node.input):
-        shape = list(scope.shape(name, node))
-        if place >= states:
-            steps = shape.pop(axes[place - states])
-        inputs.append(helper.make_tensor_type_proto(scope.types[name].elem_type, shape).tensor_type)
-    model = body_model(attributes["body"], scope.model, inputs, scope.types)
-    body = replace(
-        scope,
-        model=model,
-        types=infer(model, scope.source),
-        origins=_Origins(model.graph, scope.origins.weights),
-        enclosing=scope.call(node) or _Call(scope.origins.layer(node), is_scan=False),
-        in_scan=True,
-    )
-    return body, steps
-
-
-def _count_node(scope: _Scope, node: onnx.NodeProto) -> Counter[str]:
-    """Operations of one node that stands for itself."""
-    operator = node.op_type
-    if operator in ONNX_FREE:
-        return Counter()
-    if operator in PRODUCTS:
-        return _product(scope, node)
-    if operator in ONNX_READ:
-        return Counter({ONNX_READ[operator]: scope.size(node.input[0], node)})
-    if operator in ONNX_POOLS:
-        window = next(attribute.ints for attribute in node.attribute if attribute.name == "kernel_shape")
-        return Counter({"pool": scope.size(node.output[0], node) * math.prod(window)})
-    found = scope.types.get(node.output[0])
-    integer = found is not None and found.elem_type == onnx.TensorProto.INT64
-    if integer or node.output[0] in scope.origins.silu_gates:
-        return Counter()  # arithmetic on shapes; or counted with the product that makes it a SiLU
-    written = scope.size(node.output[0], node)
-    if operator == "Mul" and scope.origins.silu_gates.intersection(node.input):
-        return Counter({"silu": written})
-    call = scope.call(node)
-    if scope.in_scan or (call is not None and call.is_scan):
-        if operator == "Mul":
-            return Counter({MAC: written})
-        if operator == "Add":
-            return Counter()  # follows a product, and so belongs to its MAC
-    return Counter({ONNX_WRITTEN[operator]: written})
-
-
-def _product(scope: _Scope, node: onnx.NodeProto) -> Counter[str]:
-    """MACs of a node that multiplies matrices or convolves, and the additions of its bias."""
-    operator = node.op_type
-    written = scope.size(node.output[0], node)
-    if operator in CONVOLUTIONS:
-        taps = math.prod(scope.shape(node.input[3 if operator == "QLinearConv" else 1], node)[1:])
-        # every value of the input of a transposed convolution meets every tap, every one of the output of the others
-        macs = taps * (scope.size(node.input[0], node) if operator == "ConvTranspose" else written)
-    elif operator == "Einsum":
-        equation = helper.get_node_attr_value(node, "equation").decode()
-        macs = einsum_macs(equation, [scope.shape(name, node) for name in node.input])
-    elif operator == "Gemm":
-        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-        macs = written * scope.shape(node.input[0], node)[0 if transposed else 1]
-    else:
-        macs = written * scope.shape(node.input[0], node)[-1]
-    found = Counter({MAC: macs})
-    if len(node.input) > BIAS.get(operator, len(node.input)) and node.input[BIAS[operator]]:
-        found["add"] = written
-    return found
-
-
-def onnx_stored(model: onnx.ModelProto) -> tuple[dict[str, Stored], int]:
-    """Layer -> what the file stores of it, at its stored width, and the bytes left out.
-
-    Left out are constants of structure, which no training has set: int64 shapes and axes, and single numbers such as an
-    epsilon, but never a quantisation scale or zero point. A tensor that several nodes read is stored and counted once.
-    """
-    scales = _scale_names(model)
-    statistics = {name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:]}
-    layers: dict[str, Stored] = {}
-    left_out = 0
-    for name, tensor in stored_constants(model):
-        values = math.prod(tensor.dims)
-        size = math.ceil(values * _bits(tensor.data_type) / 8)
-        if name not in scales and (tensor.data_type == onnx.TensorProto.INT64 or not tensor.dims):
-            left_out += size
-            continue
-        own = Stored(size)
-        if name not in scales | statistics:
-            own = Stored(size, values, wide_values(tensor.dims, _bits(tensor.data_type)))
-        layers[layer_name(name)] = layers.get(layer_name(name), Stored()) + own
-    return layers, left_out
-
-
-def _bits(data_type: int) -> int:
-    """Width of a stored value."""
-    name = onnx.TensorProto.DataType.Name(data_type)
-    if name in NARROW_BITS:
-        return NARROW_BITS[name]
-    return helper.tensor_dtype_to_np_dtype(data_type).itemsize * 8
+def _title(node: onnx.NodeProto) -> str:
+    return node.name or next(filter(None, node.output), node.op_type)

@@ -119,7 +119,8 @@ ONNX_WRITTEN = _by_operator(
         "silu": "Swish",
         "gelu": "Gelu",
         "relu": "Relu LeakyRelu Elu Celu Selu HardSigmoid HardSwish PRelu Mish ThresholdedRelu Shrink",
-        "compare": "Clip Abs Max Min Where Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not Sign IsNaN IsInf",
+        "compare": "Clip Abs Max Min Where Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not Sign IsNaN "
+        "IsInf",
         "bitwise": "BitShift BitwiseAnd BitwiseOr BitwiseXor BitwiseNot",
         "round": "Round Floor Ceil",
         "softmax": "Softmax LogSoftmax Hardmax",
