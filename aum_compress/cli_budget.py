@@ -151,7 +151,7 @@ def _show_comparison(pair: list[tuple[str, Any]], top: int | None, as_json: bool
     if as_json:
         print_json(compare_dict(before, after, names))
         return
-    show(compare_table(before, after, names, top))
+    show(compare_table(before, after, top))
     for line in compare_lines(before, after, names):
         say(line)
 

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import typer
 import yaml
+from answers import answer, message, record
 from audio_trees import noise
 from onnx import numpy_helper
 from tiny_recipe import command, finished_run, raw_recipe, tiny_process, write_recipe
@@ -50,26 +51,6 @@ def recipe(finished, tmp_path) -> Path:
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished.out, tmp_path / "copy"))
-
-
-def answer(*words: object, code: int = 0) -> str:
-    """stdout of a command that ended with `code`; only one that failed says so on stderr."""
-    result = command(*words)
-    assert result.exit_code == code, result.stderr
-    assert ("error: " in result.stderr) == (code != 0), result.stderr
-    return result.stdout
-
-
-def record(*words: object, code: int = 0) -> dict | list:
-    """What `--json` prints: all of stdout is one JSON value."""
-    return json.loads(answer(*words, "--json", code=code))
-
-
-def message(*words: object, code: int = 2) -> str:
-    """The error message of a command that fails, without a word on stdout."""
-    result = command(*words)
-    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
-    return result.stderr
 
 
 def verbs(group=None, path: tuple[str, ...] = ()):
@@ -144,54 +125,6 @@ def test_recipes_check_fills_in_defaults_and_settings(recipe, tmp_path):
 def test_settings_that_do_not_fit_name_their_place(recipe, setting, wanted):
     for verb in (("recipes", "check"), ("run",), ("prune",)):
         assert wanted in message(*verb, recipe, "--set", setting)
-
-
-# --- budget
-
-
-def test_budget_of_a_preset_has_the_published_dcase_figure():
-    found = record("budget", "cp-mobile", code=3)
-    assert found["dcase_macs"] == 29_419_156
-    assert found["dcase_bytes"] == 4 * 61_148
-    assert found["param_bytes"] > found["dcase_bytes"], "batch statistics are stored too"
-    assert found["macs"] < 30_000_000
-    assert found["verdict"] == "over"
-
-
-def test_budget_over_names_the_largest_layers():
-    result = command("budget", "cp-mobile")
-    assert result.exit_code == 3
-    assert (
-        "255,424 bytes of parameters, budget is 128,000 (over by 127,424); largest: features.7.layers.2.0 49,920"
-        in (result.stderr)
-    )
-    assert "OVER by 127,424" in result.stdout
-    within = answer("budget", "cp-mobile", "--max-param-bytes", 255_424, "--max-macs", 29_416_448)
-    assert "within, 0 left" in within
-    assert command("budget", "cp-mobile", "--max-param-bytes", 255_424, "--max-macs", 29_416_447).exit_code == 3
-
-
-def test_budget_of_bundle_and_of_its_file_are_the_same(runs, exports):
-    bundle, file = record("budget", runs / "06-quantize"), record("budget", exports / "model-int8.onnx")
-    assert bundle["macs"] == file["macs"] == read_bundle(runs / "06-quantize").card.budget["macs"]
-    assert bundle["param_bytes"] == file["param_bytes"]
-    assert bundle["dcase_macs"]
-    assert file["dcase_macs"] is None, "there is no torch model to show to torchinfo"
-    assert record("budget", exports / "model-fp32.onnx")["macs"] == file["macs"]
-
-
-def test_budget_layers_are_a_table_of_all(runs):
-    lines = answer("budget", runs / "06-quantize", "--layers").splitlines()
-    found = record("budget", runs / "06-quantize")
-    table = [line.split() for line in lines[: lines.index(next(line for line in lines if "param bytes" in line))]]
-    names = [layer["name"] or "(the" for layer in found["layers"]]
-    assert [row[0] for row in table] == ["layer", *names, "total"], "a line a layer where there is no terminal"
-    assert {f"{found['param_bytes']:,}", f"{found['macs_per_clip']:,}"} <= set(table[-1])
-
-
-def test_budget_of_nothing_lists_the_presets(tmp_path):
-    assert "presets: aum-tiny, aum-small, aum-base, student, cp-mobile" in message("budget", "cp-mobil")
-    assert "not a bundle: no bundle.json in it" in message("budget", tmp_path)
 
 
 # --- verify

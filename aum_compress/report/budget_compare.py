@@ -43,22 +43,21 @@ def differences(before: BudgetReport, after: BudgetReport) -> list[Difference]:
     return sorted((pair for pair in pairs if pair.param_bytes or pair.macs), key=size, reverse=True)
 
 
-def compare_table(before: BudgetReport, after: BudgetReport, names: Sequence[str], top: int | None = None) -> Table:
-    """One row for each layer that differs.
+def compare_table(before: BudgetReport, after: BudgetReport, top: int | None = None) -> Table:
+    """One row for each layer that differs; A is the first model, B the second.
 
     Args:
-        names: of the two models.
         top: only this many rows; all when left out.
     """
     found = differences(before, after)
-    table = Table(show_footer=True, title=f"{names[0]} -> {names[1]}")
+    table = Table(show_footer=True)
     left_out = len(found) - len(found[:top])
     table.add_column("layer", footer=f"total ({left_out} rows left out)" if left_out else "total", overflow="fold")
     for what, totals in (
         ("bytes", (before.param_bytes, after.param_bytes)),
         ("MACs", (before.macs_per_clip, after.macs_per_clip)),
     ):
-        for heading, footer in zip((what, what, "difference"), _three(*totals)):
+        for heading, footer in zip((f"{what} A", f"{what} B", "difference"), _three(*totals)):
             table.add_column(heading, footer=footer, justify="right")
     for pair in found[:top]:
         table.add_row(
@@ -85,14 +84,14 @@ def compare_dict(before: BudgetReport, after: BudgetReport, names: Sequence[str]
 
 
 def compare_lines(before: BudgetReport, after: BudgetReport, names: Sequence[str]) -> list[str]:
-    """Totals in words, the second model's against its limits."""
-    lines = []
+    """Totals in words, B's against its limits."""
+    lines = [f"A: {names[0]}", f"B: {names[1]}"]
     for what, one, other, limit in (
         ("param bytes", before.param_bytes, after.param_bytes, after.limits.max_param_bytes),
         ("MACs per second", before.macs, after.macs, after.limits.max_macs),
     ):
         change = f" ({other / one - 1:+.1%})" if one else ""
-        verdict = "" if limit is None else f"; {names[1]} is {'OVER' if other > limit else 'within'} {limit:,}"
+        verdict = "" if limit is None else f"; B is {'OVER' if other > limit else 'within'} {limit:,}"
         lines.append(f"{what}: {one:,} -> {other:,}{change}{verdict}")
     if before.clip_seconds != after.clip_seconds:
         lines.append(f"note: MACs by layer are for clips of {before.clip_seconds:g} s and {after.clip_seconds:g} s")
