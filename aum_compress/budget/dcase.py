@@ -12,7 +12,7 @@ import torch
 import torchinfo
 from torch import Tensor, nn
 
-from aum_compress.budget.torch_trace import Example, float_copy
+from aum_compress.budget.torch_trace import Example, float_copy, float_example
 from aum_compress.models.factory import Model, build_model
 from aum_compress.models.quantized import QuantizedLayer
 
@@ -29,7 +29,7 @@ def dcase_macs(model: nn.Module, example: Example) -> int | None:
     with torch.random.fork_rng(devices=[]):  # a check must not change what training draws
         twin = build_model(model.config) if holds_int8(model) else float_copy(model)
         try:
-            return torchinfo.summary(twin, input_data=example, device="cpu", verbose=0).total_mult_adds
+            return torchinfo.summary(twin, input_data=float_example(example), device="cpu", verbose=0).total_mult_adds
         except Exception:  # whatever it meets in a model that it was not made for; nothing hangs on this figure
             return None
 

@@ -17,7 +17,7 @@ import torch
 from fvcore.nn.jit_analysis import _get_scoped_trace_graph
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from aum_compress.budget.torch_quantized import in_float_layers
@@ -69,8 +69,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     """
     name = type(model).__name__
     twin = in_float_layers(float_copy(model))
-    leaves, structure = tree_flatten(example)
-    leaves = [_like_the_copy(leaf) for leaf in leaves]
+    leaves, structure = tree_flatten(float_example(example))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
     if not tensors:
@@ -106,15 +105,37 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 
 def float_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in float32 and evaluation mode; of a model on `meta`, which has no values, one of zeros."""
+    """A copy on the CPU in float32 and evaluation mode; of a model on `meta`, which has no values, one of zeros.
+
+    Raises AumError for a model that cannot be copied.
+    """
     computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     # what torch.nn.utils.prune and weight_norm computed last is no leaf, and would stop deepcopy
-    twin = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
+    known = {id(value): value.detach().clone() for value in computed if not value.is_leaf}
+    try:
+        twin = copy.deepcopy(model, known)
+    except Exception as error:  # whatever a part of the model raises
+        raise AumError(
+            f"{type(model).__name__}: cannot be copied: {type(error).__name__}: {error}. Wanted a module that "
+            "copy.deepcopy can copy, as the check must not change it"
+        ) from error
     if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):
         twin.to_empty(device="cpu")
         for tensor in (*twin.parameters(), *twin.buffers()):
             tensor.detach().zero_()  # an index among them must be one
     return twin.cpu().float().eval()
+
+
+def float_example(example: Example) -> Example:
+    """The example on the CPU, its floating-point tensors in float32, as the copy of the model wants them."""
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.detach().cpu()
+        return leaf.float() if leaf.is_floating_point() else leaf
+
+    return tree_map(changed, example)
 
 
 class _Caller(nn.Module):
@@ -188,13 +209,6 @@ def _line_of_the_model() -> str:
 
 def _line(filename: str, number: int) -> str:
     return f"{Path(filename).name}, line {number}: {linecache.getline(filename, number).strip()}"
-
-
-def _like_the_copy(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.detach().cpu()
-    return leaf.float() if leaf.is_floating_point() else leaf
 
 
 def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
