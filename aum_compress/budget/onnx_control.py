@@ -29,8 +29,8 @@ class BodyRun:
 class ControlRun:
     """All that a control-flow node does."""
 
-    types: Sequence[onnx.TypeProto | None]
-    """Of its outputs."""
+    outputs: Sequence[Value]
+    """Of its outputs, type and what else is known."""
     cost: Cost
     peak_bytes: int | None
     note: str = ""
@@ -48,13 +48,13 @@ def run_if(node: onnx.NodeProto, condition: Value, run: RunBody) -> ControlRun:
     bodies = {name: helper.get_node_attr_value(node, f"{name}_branch") for name in ("then", "else")}
     if condition.content is not None:
         chosen = run(bodies["then" if condition.content.item() else "else"], ())
-        return ControlRun([value.type for value in chosen.outputs], chosen.cost, chosen.peak_bytes)
+        return ControlRun(chosen.outputs, chosen.cost, chosen.peak_bytes)
     runs = {name: run(body, ()) for name, body in bodies.items()}
     larger = max(runs, key=lambda name: runs[name].cost.weight)  # of equal ones the first
     differ = runs["then"].cost.weight != runs["else"].cost.weight
     note = f"If {_title(node)}: counted for its more expensive branch, `{larger}`" if differ else ""
-    types = [value.type for value in runs[larger].outputs]
-    return ControlRun(types, runs[larger].cost, _most_bytes(*(found.peak_bytes for found in runs.values())), note)
+    outputs = [Value("", value.type) for value in runs[larger].outputs]
+    return ControlRun(outputs, runs[larger].cost, _most_bytes(*(found.peak_bytes for found in runs.values())), note)
 
 
 def run_loop(
@@ -68,13 +68,13 @@ def run_loop(
     Raises:
         ModelFileError: the number of trips depends on values and is not in `trips`.
     """
-    limit, condition, *carried = inputs
+    limit, condition, *carried = inputs if len(inputs) > 1 else (*inputs, None)
     given = next((trips[name] for name in (node.name, *node.output) if name in trips), None)
     count = _constant_trips(limit, condition) if given is None else given
     if count is None:
         raise ModelFileError(
             f"{source}: Loop {_title(node)}: how often it runs depends on values, so it cannot be counted; give the "
-            f"number of trips: trips={{{_title(node)!r}: N}}"
+            f"number of trips: trips={{{_title(node)!r}: N}} (--trips {_title(node)}=N on the command line)"
         )
     body = helper.get_node_attr_value(node, "body")
     cost, peak, left = Cost(), 0, count
@@ -91,11 +91,11 @@ def run_loop(
         carried = made if count else carried
         if not left:
             break
-    types = [value.type for value in carried]
-    types += [tensor_type(value.element, (count, *value.shape)) for value in scanned]
+    outputs = [Value("", value.type) for value in carried]
+    outputs += [Value("", tensor_type(value.element, (count, *value.shape))) for value in scanned]
     may_stop = not (last.content is not None and last.content.item()) and goes_on not in last.bases
     how = ", as given" if given is not None else ", the most it can make" if may_stop else ""
-    return ControlRun(types, cost, peak, f"Loop {_title(node)}: counted for {count:,} trips{how}")
+    return ControlRun(outputs, cost, peak, f"Loop {_title(node)}: counted for {count:,} trips{how}")
 
 
 def _constant_trips(limit: Value | None, condition: Value | None) -> int | None:
@@ -120,13 +120,13 @@ def run_scan(node: onnx.NodeProto, inputs: Sequence[Value], run: RunBody) -> Con
     found = run(attributes["body"], given)
     cost = Cost()
     cost.include(found.cost, steps)
-    types = [value.type for value in inputs[:states]]
+    outputs = [Value("", value.type) for value in inputs[:states]]
     made = found.outputs[states:]
     for value, axis in zip(made, attributes.get("scan_output_axes", [0] * len(made))):
         shape = list(value.shape)
         shape.insert(axis if axis >= 0 else len(shape) + 1 + axis, steps)
-        types.append(tensor_type(value.element, shape))
-    return ControlRun(types, cost, found.peak_bytes)
+        outputs.append(Value("", tensor_type(value.element, shape)))
+    return ControlRun(outputs, cost, found.peak_bytes)
 
 
 def _title(node: onnx.NodeProto) -> str:

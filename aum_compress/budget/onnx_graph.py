@@ -262,7 +262,7 @@ class _Walk:
         cost.include(found.cost, 1)
         if found.note:
             self.notes.append(found.note)
-        made = [Value(name, kind) for name, kind in zip(node.output, found.types)]
+        made = [Value(name, own.type, own.origin, own.content) for name, own in zip(node.output, found.outputs)]
         self._take(node, made, scope)
         return [Step(list(read), [value for value in made if value.name], found.peak_bytes)]
 

@@ -211,19 +211,22 @@ def _inferred(
         if value is not None and value.content is not None and value.content.size <= MOST_TOLD
     }
     imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    if not schema.has_type_and_shape_inference_function:
+        return _uninferred(node, inputs)
     try:
-        if schema.has_type_and_shape_inference_function:
-            return shape_inference.infer_node_outputs(schema, node, types, contents, opset_imports=imports)
-        # defined by a function of other operators alone, which onnx follows in whole models only
-        graph = helper.make_graph(
-            [node], "one", [helper.make_value_info(name, kind) for name, kind in types.items()], []
-        )
-        model = shape_inference.infer_shapes(helper.make_model(graph, opset_imports=imports), strict_mode=True)
+        return shape_inference.infer_node_outputs(schema, node, types, contents, opset_imports=imports)
     except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
         where = node.name or node.output[0]
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(f"{source}: {node.op_type} {where}: shapes do not fit together: {reason}") from None
-    return {value.name: value.type for value in model.graph.value_info}
+
+
+def _uninferred(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> dict[str, onnx.TypeProto]:
+    """Types of operators for which onnx has no inference: some norms, two comparisons, the plainest before opset 6."""
+    if node.op_type in ("LessOrEqual", "GreaterOrEqual"):
+        shape = np.broadcast_shapes(*(value.shape for value in inputs))
+        return {node.output[0]: tensor_type(onnx.TensorProto.BOOL, shape)}
+    return {node.output[0]: inputs[0].type} if node.op_type in ONNX_WRITTEN else {}
 
 
 def schema_of(node: onnx.NodeProto, opsets: Mapping[str, int]) -> defs.OpSchema | None:

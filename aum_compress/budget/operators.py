@@ -167,11 +167,11 @@ ONNX_VIEWS = _names(
 )
 """Those that need no memory of their own."""
 
-ONNX_BY_DEFINITION = _names("AffineGrid Attention CausalConvWithState LinearAttention RotaryEmbedding SwiGLU")
+ONNX_BY_DEFINITION = _names("Attention CausalConvWithState LinearAttention RotaryEmbedding SwiGLU")
 """Counted as the function of other operators by which the standard defines them."""
 
 ONNX_REFUSED = _names(
-    "DeformConv Det ImageDecoder MaxRoiPool NegativeLogLikelihoodLoss NonMaxSuppression RegexFullMatch RoiAlign "
-    "SequenceMap SoftmaxCrossEntropyLoss StringConcat StringNormalizer StringSplit TfIdfVectorizer"
+    "AffineGrid DeformConv Det ImageDecoder MaxRoiPool NegativeLogLikelihoodLoss NonMaxSuppression RegexFullMatch "
+    "RoiAlign SequenceMap SoftmaxCrossEntropyLoss StringConcat StringNormalizer StringSplit TfIdfVectorizer"
 )
 """Of the standard, but no part of a network for sound: losses, detection in images, text. Unknown to the counter."""
