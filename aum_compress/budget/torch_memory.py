@@ -16,11 +16,19 @@ UNCHANGED = ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "a
 """Give back what they were given, in evaluation mode."""
 
 
+SIZES = ("aten::size", "aten::sym_size", "aten::numel", "aten::dim", "aten::len")
+"""Read a shape, which is the same for every input."""
+
+
 class _Memory:
     """Which blocks of memory there are, from which node to which, and which values lie in them."""
 
     def __init__(self) -> None:
+        self.varying: set[str] = set()
+        """Names of the values that depend on the inputs."""
         self.size: list[int] = []
+        self.varies: list[bool] = []
+        """Whether anything in the block depends on the inputs; else deployment computes it once and for all."""
         self.born: list[int] = []
         self.last_used: list[int] = []
         self.blocks: dict[str, frozenset[int]] = {}
@@ -32,6 +40,7 @@ class _Memory:
         """A block for a tensor; what is no tensor of the model takes none."""
         if value.type().kind() != "TensorType" or is_index(value):
             return frozenset()
+        self.varies.append(False)
         self.size.append(math.prod(shape_of(value)) * value.type().dtype().itemsize)
         self.born.append(place)
         self.last_used.append(place)
@@ -44,11 +53,16 @@ class _Memory:
         for block in self.blocks_of(values):
             self.last_used[block] = place
 
+    def mark_varying(self, value: Any) -> None:
+        self.varying.add(value.debugName())
+        for block in self.blocks_of([value]):
+            self.varies[block] = True
+
     def peak(self, length: int) -> int:
         change = [0] * (length + 2)
-        for size, born, last_used in zip(self.size, self.born, self.last_used):
-            change[born] += size
-            change[last_used + 1] -= size
+        for varies, size, born, last_used in zip(self.varies, self.size, self.born, self.last_used):
+            change[born] += size * varies
+            change[last_used + 1] -= size * varies
         alive, most = 0, 0
         for step in change:
             alive += step
@@ -61,18 +75,22 @@ def peak_activation_bytes(trace: Trace) -> int:
 
     An input is alive from the start to its last use, an output of the model to the end, and any other value from the
     node that writes it to the last that reads it; a node's inputs and outputs are alive together. Views and what works
-    in place take no memory of their own. Weights are not counted, nor what an operator needs inside: of a scan, a
-    recurrent layer or attention only what it returns.
+    in place take no memory of their own. Not counted are weights and what is computed from them alone, such as the
+    float values of int8 weights, nor what an operator needs inside: of a scan, a recurrent layer or attention only what
+    it returns.
     """
     memory = _Memory()
     nodes = [node for node, _ in trace.nodes()]
     for value in [*trace.graph.inputs()][: trace.n_inputs]:
         memory.blocks[value.debugName()] = memory.allocate(value, 0)
+        memory.mark_varying(value)
     for place, node in enumerate(nodes):
         inputs = [*node.inputs()]
         memory.use(inputs, place)
         for number, output in enumerate(node.outputs()):
             memory.blocks[output.debugName()] = _blocks(memory, node, inputs, number, output, place)
+            if node.kind() not in SIZES and any(value.debugName() in memory.varying for value in inputs):
+                memory.mark_varying(output)
     memory.use(trace.graph.outputs(), len(nodes))
     return memory.peak(len(nodes))
 
