@@ -66,8 +66,7 @@ def check_target(target: str, limits: Limits, reading: Reading) -> BudgetReport:
         from aum_compress.budget.check_onnx import check_onnx
 
         _refuse(target, "an ONNX file", n_classes=reading.n_classes)
-        loops = {"trips": reading.trips} if reading.trips else {}
-        return check_onnx(path, limits, clip_seconds=reading.clip_seconds, dims=reading.dims, **loops)
+        return check_onnx(path, limits, clip_seconds=reading.clip_seconds, dims=reading.dims, trips=reading.trips)
     if _is_preset(target):
         from aum_compress.budget.check import check_preset
 
