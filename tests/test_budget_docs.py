@@ -1,0 +1,52 @@
+"""What docs/budgets.md says can be run, and its figures are the measured ones."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from aum_compress.budget.analytic import analytic_macs
+from aum_compress.budget.limits import RULES
+from aum_compress.budget.records import BudgetExceeded
+from aum_compress.models.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+MEASURED = json.loads((ROOT / "benchmarks" / "mac_counters.json").read_text())["cases"]
+CODE = re.search(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[1]
+
+
+def test_the_python_example_prints_what_it_says(capsys):
+    exec(compile(CODE, "docs/budgets.md", "exec"), {})  # the page's own code, a file of this repository
+    assert capsys.readouterr().out.strip() == re.search(r"print\(.*?\)  # (.*)", CODE)[1]
+
+
+def test_the_python_example_fails_where_the_model_is_over():
+    with pytest.raises(BudgetExceeded, match="143,856 MACs"):
+        exec(compile(CODE.replace('named_limits("dcase2025")', "named_limits(max_macs=10)"), "docs", "exec"), {})
+
+
+def test_the_table_of_counters_is_the_measured_one():
+    rows = re.findall(
+        r"^\| \**(aum-compress|torchinfo|thop|ptflops|fvcore|torch)[^|]*\|(.*)\|$", PAGE, flags=re.MULTILINE
+    )
+    found = [[int(re.search(r"[\d,]+", cell)[0].replace(",", "")) for cell in row.split("|")] for _, row in rows]
+    cases = [case["macs"] for case in MEASURED.values()]
+    assert found == [[case[name] for case in cases] for name in cases[0]]
+    for _, row in rows[1:]:
+        for cell, case in zip(row.split("|"), cases, strict=True):
+            figure, share = re.search(r"([\d,]+) \(([\d.]+) %\)", cell).groups()
+            assert float(share) == round(100 * int(figure.replace(",", "")) / case["aum-compress"], 1)
+
+
+@pytest.mark.parametrize("title", MEASURED)
+def test_our_own_figure_is_still_what_is_counted(title):
+    _, _, n_mels, n_frames = MEASURED[title]["input"]
+    name, classes = ("cp-mobile", 10) if title == "CP-Mobile" else ("aum-small", 527 if n_frames == 1024 else 10)
+    config = PRESETS[name](n_mels, n_frames, classes)
+    assert sum(analytic_macs(config).values()) == MEASURED[title]["macs"]["aum-compress"]
+
+
+def test_every_named_limit_has_its_row():
+    assert re.findall(r"^\| `(dcase\d+)`", PAGE, flags=re.MULTILINE) == list(RULES)
