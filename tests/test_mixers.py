@@ -109,7 +109,7 @@ def test_the_operator_and_the_training_path_compute_the_same():
 @pytest.mark.parametrize("along", ["time", "mel"])
 def test_a_block_along_one_axis_keeps_rows_or_columns_apart(along):
     torch.manual_seed(0)
-    block = ResidualBlock(12, BlockConfig(d_inner=16, d_state=4, dt_rank=2, along=along)).eval()
+    block = ResidualBlock(12, BlockConfig(d_inner=16, d_state=4, dt_rank=2, along=along), COLUMNS).eval()
     tokens = torch.randn(2, ROWS * COLUMNS, 12)
     changed = tokens.clone().unflatten(1, (ROWS, COLUMNS))
     changed[:, 1, 3] += 1
@@ -124,7 +124,9 @@ def test_a_block_along_one_axis_keeps_rows_or_columns_apart(along):
 def test_along_mel_is_along_time_of_the_transposed_grid():
     torch.manual_seed(0)
     values = {"d_inner": 16, "d_state": 4, "dt_rank": 2}
-    by_mel, by_time = (ResidualBlock(12, BlockConfig(along=along, **values)).eval() for along in ("mel", "time"))
+    by_mel, by_time = (
+        ResidualBlock(12, BlockConfig(along=along, **values), COLUMNS).eval() for along in ("mel", "time")
+    )
     by_time.load_state_dict(by_mel.state_dict())
     tokens = torch.randn(2, ROWS, COLUMNS, 12)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def test_patch_tokens_are_frequency_major():
 
 def test_mixer_halves_the_sum_of_two_independent_directions():
     torch.manual_seed(0)
-    mixer = MambaMixer(16, student_config().blocks[0])
+    mixer = MambaMixer(16, student_config().blocks[0], 40)
     tokens = torch.randn(2, 9, 16)
     x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
     forward = mixer.scan_direction(x, z, "")
@@ -107,7 +107,7 @@ def test_mixer_halves_the_sum_of_two_independent_directions():
 
 def test_v1_shares_all_but_the_state_matrix_and_adds_both_scans_whole():
     torch.manual_seed(0)
-    mixer = MambaMixer(16, student_config(block_type="v1").blocks[0])
+    mixer = MambaMixer(16, student_config(block_type="v1").blocks[0], 40)
     assert [name for name in mixer.state_dict() if "_b" in name] == ["A_b_log"]
     tokens = torch.randn(2, 9, 16)
     x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
@@ -136,7 +136,7 @@ def test_cards_that_count_directions_are_read_as_they_were_meant(directions, blo
 
 
 def test_backward_direction_is_causal_from_the_end():
-    mixer = MambaMixer(16, student_config().blocks[0])
+    mixer = MambaMixer(16, student_config().blocks[0], 40)
     x, z = torch.randn(1, 24, 8), torch.randn(1, 24, 8)
     changed = x.clone()
     changed[..., 0] += 1
@@ -147,7 +147,7 @@ def test_backward_direction_is_causal_from_the_end():
 
 
 def test_mixer_scans_as_the_oracle_does(monkeypatch):
-    mixer = MambaMixer(16, student_config().blocks[0])
+    mixer = MambaMixer(16, student_config().blocks[0], 40)
     tokens = torch.randn(2, 9, 16)
     found = mixer(tokens)
     monkeypatch.setattr("aum_compress.models.mamba.selective_scan", selective_scan_oracle)

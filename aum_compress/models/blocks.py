@@ -15,14 +15,14 @@ MIXERS = {"mamba": MambaMixer, "mamba2": Mamba2Mixer, "conv": GatedConvMixer}
 class ResidualBlock(nn.Module):
     """Pre-norm residual block: tokens + mixer(norm(tokens)), the residual stream kept in float32.
 
-    Rotary positions, where given, turn what is added.
+    Rotary positions, where given, turn what is added. `length` is that of the sequences that it will run over.
     """
 
-    def __init__(self, d_model: int, config: Block) -> None:
+    def __init__(self, d_model: int, config: Block, length: int) -> None:
         super().__init__()
         self.along: Along = config.along
         self.norm = RMSNorm(d_model)
-        self.mixer = MIXERS[config.mixer](d_model, config)
+        self.mixer = MIXERS[config.mixer](d_model, config, length)
 
     def forward(self, tokens: Tensor, grid: Grid, turns: Rotation | None = None) -> Tensor:
         """Args: tokens (B,L,M), of which `grid` says the rows and columns where the block runs along one of them."""

@@ -7,9 +7,12 @@ from aum_compress.models.config import ConvBlockConfig
 
 
 class GatedConvMixer(nn.Module):
-    """(B,L,M) -> (B,L,M): a Mamba mixer whose scan is left out and whose depthwise convolution is as long as wanted."""
+    """(B,L,M) -> (B,L,M): a Mamba mixer whose scan is left out and whose depthwise convolution is as long as wanted.
 
-    def __init__(self, d_model: int, config: ConvBlockConfig) -> None:
+    `length` is there because every mixer is told; a convolution starts alike for all.
+    """
+
+    def __init__(self, d_model: int, config: ConvBlockConfig, length: int) -> None:
         super().__init__()
         self.config = config
         d_inner = config.d_inner

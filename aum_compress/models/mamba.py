@@ -10,44 +10,51 @@ from aum_compress.kernels import cuda
 from aum_compress.models.config import BlockConfig
 from aum_compress.models.scan import selective_scan
 
-# the range that Mamba draws its initial step sizes from (Gu and Dao 2023, section 3.6)
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+# the range that Mamba draws its initial step sizes from (Gu and Dao 2023, section 3.6), for sequences of hundreds
+DT_MIN, DT_MAX = 1e-3, 1e-1
+SHORT_SEQUENCE = 64
 FORWARD, BACKWARD = "", "_b"
 
 
-def drawn_step_bias(count: int) -> Tensor:
-    """(count,) biases that softplus turns into step sizes, log-uniform over Mamba's range."""
-    dt = torch.exp(torch.rand(count) * (math.log(DT_MAX) - math.log(DT_MIN)) + math.log(DT_MIN)).clamp(DT_FLOOR)
+def drawn_step_bias(count: int, length: int) -> Tensor:
+    """(count,) biases that softplus turns into step sizes, log-uniform over Mamba's range.
+
+    A step size of dt remembers about 1/dt tokens. Over a short sequence, Mamba's own would remember all of it and add
+    next to nothing at each token, so the scan would start as a bystander: from 1/(2L) to 1 then.
+    """
+    low, high = (DT_MIN, DT_MAX) if length > SHORT_SEQUENCE else (1 / (2 * length), 1.0)
+    dt = torch.exp(torch.rand(count) * (math.log(high) - math.log(low)) + math.log(low))
     return dt + torch.log(-torch.expm1(-dt))
 
 
 class MambaMixer(nn.Module):
-    """(B,L,M) -> (B,L,M). One input and output projection; between them what `config.block_type` says.
+    """(B,L,M) -> (B,L,M). One input and output projection; between them what `config.block_type` says. The step sizes
+    start for sequences of `length`.
 
     Source: `Mamba.forward` with `bimamba_type` "none", "v1" and "v2" (`if_devide_out=True`, which halves v2 alone) and
     `BiMambaInnerFn` in AuM's vim-mamba_ssm. All projections are called as modules, so that quantisation and hooks reach
     them; so is the convolution, but for training on a GPU with causal-conv1d.
     """
 
-    def __init__(self, d_model: int, config: BlockConfig) -> None:
+    def __init__(self, d_model: int, config: BlockConfig, length: int) -> None:
         super().__init__()
         self.config = config
         d_inner = config.d_inner
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         for suffix in config.projections:
-            self._add_projections(suffix, config)
+            self._add_projections(suffix, config, length)
         rates = torch.arange(1, config.d_state + 1, dtype=torch.float32).repeat(d_inner, 1)
         for suffix in config.scans:
             setattr(self, f"A{suffix}_log", nn.Parameter(rates.log()))
 
-    def _add_projections(self, suffix: str, config: BlockConfig) -> None:
+    def _add_projections(self, suffix: str, config: BlockConfig, length: int) -> None:
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.dt_rank
         convolution = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner)
         dt_proj = nn.Linear(dt_rank, d_inner)
         nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
         with torch.no_grad():  # the bias alone gives the drawn step size
-            dt_proj.bias.copy_(drawn_step_bias(d_inner))
+            dt_proj.bias.copy_(drawn_step_bias(d_inner, length))
         setattr(self, f"conv1d{suffix}", convolution)
         setattr(self, f"x_proj{suffix}", nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False))
         setattr(self, f"dt_proj{suffix}", dt_proj)

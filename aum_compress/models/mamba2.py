@@ -20,14 +20,14 @@ class Mamba2Mixer(nn.Module):
     Two ways, its convolution is centred and both directions share all weights.
     """
 
-    def __init__(self, d_model: int, config: Mamba2BlockConfig) -> None:
+    def __init__(self, d_model: int, config: Mamba2BlockConfig, length: int) -> None:
         super().__init__()
         self.config = config
         d_inner, heads = config.d_inner, config.n_heads
         mixed = d_inner + 2 * config.d_state
         self.in_proj = nn.Linear(d_model, d_inner + mixed + heads, bias=False)
         self.conv1d = nn.Conv1d(mixed, mixed, config.d_conv, groups=mixed)
-        self.dt_bias = nn.Parameter(drawn_step_bias(heads))
+        self.dt_bias = nn.Parameter(drawn_step_bias(heads, length))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(A_MIN, A_MAX).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(d_inner)
