@@ -65,7 +65,7 @@ def budget_check(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="BUNDLE|MODEL.onnx|PRESET...",
+            metavar="BUNDLE|MODEL.onnx|PRESET",
             help="What to measure. Several, or a folder with several, are a pack: the largest model decides.",
         ),
     ],
