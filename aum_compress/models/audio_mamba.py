@@ -10,7 +10,7 @@ from aum_compress.errors import AumError
 from aum_compress.models.blocks import ResidualBlock
 from aum_compress.models.config import AudioMambaConfig, Grid, PatchStem, reads_whole_frames, token_grid
 from aum_compress.models.heads import build_head
-from aum_compress.models.norm import RelaxedFrequencyNorm, RMSNorm
+from aum_compress.models.norm import RMSNorm
 from aum_compress.models.positions import FactorisedPositions, PositionEmbedding, rotate, rotation
 from aum_compress.models.stems import ConvEmbed, PatchEmbed
 
@@ -28,7 +28,6 @@ class AudioMamba(nn.Module):
         self.activation_checkpointing = False
         """In training, keep only what enters each block and compute the rest again in the backward pass."""
         d_model = config.d_model
-        self.input_norm = RelaxedFrequencyNorm() if config.input_norm == "frequency" else nn.Identity()
         self.patch_embed = (
             PatchEmbed(config.stem, d_model)
             if isinstance(config.stem, PatchStem)
@@ -87,7 +86,7 @@ class AudioMamba(nn.Module):
     def embed(self, spectrogram: Tensor) -> Tensor:
         """Tokens (B,L,M) with learned positions and class token in place."""
         grid = self._grid(spectrogram)
-        tokens = self.patch_embed(self.input_norm(spectrogram))
+        tokens = self.patch_embed(spectrogram)
         rows = None if self.pos_embed is None else self.pos_embed(grid)
         if self.cls_token is None:
             return tokens if rows is None else tokens + rows

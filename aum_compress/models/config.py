@@ -154,9 +154,6 @@ class AudioMambaConfig(Frozen):
     d_model: Positive
     blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")]
-    input_norm: Literal["none", "frequency"] = "none"
-    """`frequency`: half of what the model reads is normalised over time in each mel bin, against microphones that it
-    has not heard; nothing is stored."""
     pool: Literal["class_token", "mean"] = "mean"
     """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: mean over tokens."""
     position: Literal["absolute", "factorised", "rope", "none"] = "none"

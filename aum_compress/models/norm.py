@@ -1,4 +1,4 @@
-"""Normalisations: of tokens in all Mamba blocks, and of what a model reads."""
+"""The normalisation of all Mamba blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,3 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype != torch.float64 else x
         return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class RelaxedFrequencyNorm(nn.Module):
-    """(B,1,F,T): the mean of a spectrogram and the same with each mel bin normalised over its own time.
-
-    A microphone adds a constant to each mel bin of a log-mel; normalising takes all of it away, and with it what tells
-    steady sounds apart. Half of each keeps both. Source: relaxed instance frequency-wise normalisation (Kim et al.
-    2022), lambda 0.5, with the globally normalised features in place of their layer norm.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(3, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(3, keepdim=True) + 1e-5)
-        return 0.5 * (x + centred * scale)
