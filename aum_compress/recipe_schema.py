@@ -68,11 +68,13 @@ class AugmentConfig(Section):
 
 
 class TrainConfig(Section):
-    """One training run: AdamW, linear warm-up, cosine down to zero; the best epoch by validation accuracy is kept."""
+    """One training run: AdamW, linear warm-up, cosine down to zero."""
 
     epochs: Positive
     batch_size: Positive = 32
     learning_rate: PositiveFloat = 1e-3
+    scan_learning_rate: PositiveFloat = 1.0
+    """Factor on `learning_rate` for what the scan alone has: decay rates A, skip D, biases of the step sizes."""
     weight_decay: NonNegative = 0.05
     warmup_epochs: NonNegative = 1.0
     gradient_clip: PositiveFloat | None = 1.0
@@ -80,6 +82,11 @@ class TrainConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     accumulate_batches: Positive = 1
     """Batches summed into one optimiser step."""
+    weight_average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of weights and batch statistics, such as 0.999. The average is what is
+    validated, kept and shipped."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch: the best by validation accuracy, or the last, which needs no validation clips."""
     precision: Literal["32", "16-mixed", "bf16-mixed"] = "32"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Positive | Literal["auto"] = 1
@@ -90,6 +97,14 @@ class TrainConfig(Section):
     """Keep only what enters each Mamba block and compute the rest again on the way back: less memory, more time."""
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _averages_whole_weights(self) -> "TrainConfig":
+        if self.weight_average and self.strategy.startswith(("fsdp", "deepspeed")):
+            raise ValueError(
+                f"weight_average: needs all weights in each process, and strategy {self.strategy} cuts them up; use ddp"
+            )
+        return self
 
 
 NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none"
@@ -277,6 +292,12 @@ class Recipe(Section):
             problems.append("student: needed by distill, prune, quantize and export")
         if self.student and not self.student.train and not self.distill:
             problems.append("student.train: needed, since there is no distill section to train the student")
+        if not self.data.validation_fraction:
+            problems += [
+                f"{place}.keep: best is chosen on validation clips, and data.validation_fraction is 0; set keep: last"
+                for place, config in self.trainings().items()
+                if config.keep == "best"
+            ]
         if self.distill:
             softened = {"distill.train": self.distill.train, "prune.finetune": self.prune and self.prune.finetune}
             problems += [
@@ -299,3 +320,9 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def trainings(self) -> dict[str, TrainConfig]:
+        """The recipe's training runs by their place, in the order of the stages."""
+        models = {f"{name}.train": getattr(self, name) for name in ("reference", "teacher", "student", "distill")}
+        found = {place: section.train for place, section in models.items() if section and section.train}
+        return found | ({"prune.finetune": self.prune.finetune} if self.prune else {})

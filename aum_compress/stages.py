@@ -21,7 +21,7 @@ from aum_compress.models.factory import Model, build_model
 from aum_compress.recipe_schema import ModelSection, TrainConfig
 from aum_compress.train.distributed import ALONE, Ranks
 from aum_compress.train.fit import FitResult, fit
-from aum_compress.train.losses import distillation_loss, label_loss
+from aum_compress.train.losses import distillation_loss, label_loss, soften
 from aum_compress.train.predict import predict_logits
 from aum_compress.train.teachers import average_logits, load_logits, save_logits
 from aum_compress.workspace import Made, Workspace
@@ -122,11 +122,12 @@ def quantise(space: Workspace, parent: Bundle) -> Bundle:
                 weight_bits=section.weight_bits,
                 keep_float=section.keep_float,
             )
-        validation = space.parts.validation
+        part = "validation" if len(space.parts.validation) else "train"
+        heard = getattr(space.parts, part)
         sqnr = signal_to_noise_db(
-            predict_logits(model, validation, space.spec), predict_logits(quantized, validation, space.spec)
+            predict_logits(model, heard, space.spec), predict_logits(quantized, heard, space.spec)
         )
-        return Made(quantized, {"validation_sqnr_db": sqnr}, {"calibration_clips": len(clips)})
+        return Made(quantized, {f"{part}_sqnr_db": sqnr}, {"calibration_clips": len(clips)})
 
     return space.stage("quantize", parent, {"section": section.model_dump(mode="json")}, make)
 
@@ -230,7 +231,7 @@ def _fit(
 
 def _made(model: Model, result: FitResult) -> Made:
     metrics = {"validation_accuracy": result.validation_accuracy}
-    return Made(model, metrics, {"best_epoch": result.best_epoch, "history": result.history})
+    return Made(model, metrics, {"kept_epoch": result.kept_epoch, "history": result.history})
 
 
 def _backward(space: Workspace, logits: Tensor | None, workers: Ranks, model: nn.Module) -> None:
@@ -252,7 +253,7 @@ def _backward(space: Workspace, logits: Tensor | None, workers: Ranks, model: nn
             loss = distillation_loss(
                 model(x),
                 targets,
-                logits[chosen],
+                soften(logits[chosen], section.temperature),
                 label_weight=section.label_weight,
                 temperature=section.temperature,
                 kl_reduction=section.kl_reduction,

@@ -115,7 +115,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(two, one):
     assert [row["epoch"] for row in found] == [1, 2, 3, 4]
     for key in ("train_loss", "val_loss", "val_accuracy"):
         np.testing.assert_allclose([r[key] for r in found], [r[key] for r in wanted], rtol=0, atol=1e-4, err_msg=key)
-    assert two.bundle("02-teacher").card.notes["best_epoch"] == one.card.notes["best_epoch"]
+    assert two.bundle("02-teacher").card.notes["kept_epoch"] == one.card.notes["kept_epoch"]
     theirs, ours = two.bundle("02-teacher").tensors(), one.tensors()
     assert max(float((theirs[name] - ours[name]).abs().max()) for name in ours) < 1e-4
 

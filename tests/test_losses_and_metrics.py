@@ -2,24 +2,86 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from aum_compress.train.losses import distillation_loss, label_loss
+from aum_compress.train.losses import distillation_loss, label_loss, soften
 from aum_compress.train.metrics import classification_metrics
 
 
-def test_distillation_loss_by_its_definition():
-    torch.manual_seed(0)
-    student, teacher, y = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
-    t = 3.0
-    p, q = F.softmax(teacher / t, -1), F.softmax(student / t, -1)
-    divergence = (p * (p / q).log()).sum(1).mean()
-    wanted = 0.25 * F.cross_entropy(student, y) + 0.75 * t**2 * divergence
-    found = distillation_loss(student, y, teacher, label_weight=0.25, temperature=t)
-    torch.testing.assert_close(found, wanted)
+def log_softmax(values):
+    shifted = values - values.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def restated(student, one_hot, teacher_logits, *, label_weight, temperature, mean):
+    """Loss and its gradient by the student's logits, in numpy float64, as CP-JKU's run_training.py writes it.
+
+    kl_div(log_softmax(s/T), log_softmax(t/T), log_target=True, reduction="none") is exp(t) * (t - s), (B,C).
+    """
+    labels = -(one_hot * log_softmax(student)).sum(1).mean()
+    s, t = log_softmax(student / temperature), log_softmax(teacher_logits / temperature)
+    terms = np.exp(t) * (t - s)
+    kl = terms.mean() if mean else terms.sum() / len(terms)
+    loss = label_weight * labels + (1 - label_weight) * temperature**2 * kl
+    rows = len(student) * (student.shape[1] if mean else 1)
+    by_labels = (np.exp(log_softmax(student)) - one_hot) / len(student)
+    by_teacher = temperature * (np.exp(s) - np.exp(t)) / rows
+    return loss, label_weight * by_labels + (1 - label_weight) * by_teacher
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(2, 12)),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.floats(0.01, 30),
+    label_weight=st.floats(0, 1),
+    temperature=st.floats(0.5, 8),
+    reduction=st.sampled_from(["batchmean", "mean"]),
+)
+def test_distillation_loss_and_gradient_by_definition(shape, seed, scale, label_weight, temperature, reduction):
+    chance = np.random.default_rng(seed)
+    student, teacher = scale * chance.standard_normal((2, *shape))
+    one_hot = np.eye(shape[1])[chance.integers(shape[1], size=shape[0])]
+    wanted, gradient = restated(
+        *(student, one_hot, teacher),
+        **{"label_weight": label_weight, "temperature": temperature, "mean": reduction == "mean"},
+    )
+    logits = torch.tensor(student, requires_grad=True)
+    found = distillation_loss(
+        logits,
+        torch.tensor(one_hot.argmax(1)),
+        soften(torch.tensor(teacher), temperature),
+        label_weight=label_weight,
+        temperature=temperature,
+        kl_reduction=reduction,
+    )
+    found.backward()
+    assert found.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    np.testing.assert_allclose(logits.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_cp_jku_weighting_in_figures():
+    """Their lambda 0.02, T 2 and `.mean()` over 10 classes weigh as 0.02 to 0.98 * 4 / 10, that is 1 to 19.6."""
+    chance = np.random.default_rng(0)
+    student, teacher = chance.standard_normal((2, 256, 10))
+    y = chance.integers(10, size=256)
+    logits, probabilities = torch.tensor(student), soften(torch.tensor(teacher), 2.0)
+    found = distillation_loss(
+        logits, torch.tensor(y), probabilities, label_weight=0.02, temperature=2.0, kl_reduction="mean"
+    )
+    theirs = F.kl_div(
+        F.log_softmax(logits / 2, 1), F.log_softmax(torch.tensor(teacher) / 2, 1), log_target=True, reduction="none"
+    ).mean()
+    wanted = 0.02 * F.cross_entropy(logits, torch.tensor(y)) + 0.98 * 4 * theirs
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    ours = distillation_loss(logits, torch.tensor(y), probabilities, label_weight=0.0, temperature=2.0)
+    label = F.cross_entropy(logits, torch.tensor(y))
+    assert found.item() == pytest.approx(0.02 * label.item() + 0.98 * ours.item() / 10, rel=1e-12)
 
 
 def test_mean_reduction_divides_by_the_classes_too():
-    student, teacher, y = torch.randn(5, 10), torch.randn(5, 10), torch.zeros(5, dtype=torch.int64)
+    student, teacher, y = torch.randn(5, 10), soften(torch.randn(5, 10), 2.0), torch.zeros(5, dtype=torch.int64)
     settings = {"label_weight": 0.0, "temperature": 2.0}
     proper = distillation_loss(student, y, teacher, **settings)
     cpjku = distillation_loss(student, y, teacher, **settings, kl_reduction="mean")
@@ -28,8 +90,35 @@ def test_mean_reduction_divides_by_the_classes_too():
 
 def test_equal_logits_leave_the_label_loss():
     logits, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    found = distillation_loss(logits, y, logits, label_weight=0.17, temperature=2.0)
+    found = distillation_loss(logits, y, soften(logits, 2.0), label_weight=0.17, temperature=2.0)
     torch.testing.assert_close(found, 0.17 * label_loss(logits, y))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1), temperature=st.floats(0.5, 8))
+def test_mixed_targets_give_the_mixture_of_two_gradients(seed, share, temperature):
+    """What is mixed is probabilities, so a mixture pulls as its two clips would, each by its share."""
+    chance = torch.Generator().manual_seed(seed)
+    student, *teachers = (4 * torch.randn(3, 5, generator=chance, dtype=torch.float64) for _ in range(3))
+    one, other = (soften(teacher, temperature) for teacher in teachers)
+
+    def gradient(target):
+        logits = student.clone().requires_grad_()
+        y = torch.tensor([0, 1, 2])
+        distillation_loss(logits, y, target, label_weight=0.0, temperature=temperature).backward()
+        return logits.grad
+
+    mixed = share * one + (1 - share) * other
+    torch.testing.assert_close(gradient(mixed), share * gradient(one) + (1 - share) * gradient(other))
+
+
+def test_certain_teacher_gives_a_finite_loss():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    teacher = soften(torch.tensor([[0.0, 400.0, 0.0], [400.0, 0.0, -400.0]]), 1.0)
+    found = distillation_loss(logits, torch.tensor([0, 0]), teacher, label_weight=0.0, temperature=1.0)
+    found.backward()
+    assert found.item() == pytest.approx(np.log(3))
+    assert logits.grad.isfinite().all()
 
 
 def test_mixed_targets_are_probabilities():

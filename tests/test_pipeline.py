@@ -176,6 +176,20 @@ def test_student_trained_on_labels_alone(tree, tmp_path):
     assert [row["stage"] for row in outcome.report["road"]] == ["student", "quantize", "fp32", "fp16", "int8"]
 
 
+def test_road_without_validation_clips(tree, tmp_path):
+    last = TRAIN | {"keep": "last", "weight_average": 0.9}
+    base = raw_recipe(tree)
+    changes = {key: base[key] | {"train": last} for key in ("teacher", "distill")}
+    changes |= {"data": base["data"] | {"validation_fraction": 0}, "prune": base["prune"] | {"finetune": last}}
+    changes["distill"] |= {"teachers": ["teacher"]}
+    outcome = run(recipe(tree, reference=None, **changes), tmp_path)
+    assert outcome.report["data"]["validation"] == 0
+    assert [row["validation_accuracy"] for row in outcome.report["road"]] == [None] * 7
+    assert outcome.bundles["quantize"].card.metrics["train_sqnr_db"] > 10
+    assert outcome.bundles["distill"].card.notes["kept_epoch"] == TRAIN["epochs"]
+    assert (outcome.folder / "report.html").is_file()
+
+
 def test_bundle_as_teacher(tree, copied, tmp_path):
     teacher = str(copied / "runs" / "tiny" / "02-teacher")
     other = recipe(

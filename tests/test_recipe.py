@@ -92,6 +92,13 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
             ["student.preset=cp-mobile", "distill={teachers: [x], train: {epochs: 1, activation_checkpointing: true}}"],
             "distill.train.activation_checkpointing: works on Mamba blocks",
         ),
+        (["data.validation_fraction=0"], "student.train.keep: best is chosen on validation clips"),
+        (["student.train.weight_average=1.0"], "student.train.weight_average: Input should be less than 1"),
+        (
+            ["student.train.weight_average=0.9", "student.train.strategy=fsdp"],
+            "weight_average: needs all weights in each process, and strategy fsdp cuts them up; use ddp",
+        ),
+        (["student.train.scan_learning_rate=0"], "scan_learning_rate: Input should be greater than 0"),
         (["student.position=rope", "student.directions=3"], "student.directions: unknown key"),
         (["student"], "--set student: wanted section.key=value"),
         (["seed.x=1"], "--set seed.x=1: seed is not a section"),

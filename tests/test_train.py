@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from audio_trees import SECONDS, write_tau_tree
+from tiny import aum_config, student_config
 
 from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.data.cache import cache_index
@@ -10,12 +13,12 @@ from aum_compress.data.config import TauData
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.data.index import load_index
 from aum_compress.errors import AumError, DataError
-from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem
+from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem, Mamba2BlockConfig
 from aum_compress.models.factory import build_model
 from aum_compress.recipe_schema import AugmentConfig, DistillSection, TrainConfig
 from aum_compress.train import fit as fit_module
 from aum_compress.train.fit import fit
-from aum_compress.train.module import parameter_groups
+from aum_compress.train.module import TrainingModule, parameter_groups
 from aum_compress.train.predict import predict_logits
 from aum_compress.train.teachers import average_logits, load_logits, save_logits
 
@@ -96,7 +99,7 @@ def test_training_changes_weights_and_is_the_same_twice(parts, tmp_path):
     assert not same(first, other)
     assert not same(first, model(parts))
     assert [row["epoch"] for row in result.history] == [1, 2]
-    assert 1 <= result.best_epoch <= 2
+    assert 1 <= result.kept_epoch <= 2
     assert all(np.isfinite(list(row.values())).all() for row in result.history)
     assert not first.training
 
@@ -105,8 +108,8 @@ class _Killed(BaseException):
     pass
 
 
-def test_killed_run_goes_on_and_ends_with_the_same_weights(parts, tmp_path, monkeypatch):
-    unbroken, wanted = train(parts, tmp_path / "whole", epochs=4, augment=AUGMENT)
+def killed_and_resumed(parts, folder, monkeypatch, **settings):
+    """The run of four epochs that died in its third and went on."""
 
     def die_in_third_epoch(self, trainer, module, outputs, batch, batch_idx):
         if trainer.current_epoch == 2 and batch_idx == 1:
@@ -115,13 +118,73 @@ def test_killed_run_goes_on_and_ends_with_the_same_weights(parts, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(fit_module._ProgressCallback, "on_train_batch_end", die_in_third_epoch)
         with pytest.raises(_Killed):
-            train(parts, tmp_path / "broken", epochs=4, augment=AUGMENT)
-    checkpoint = torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)
+            train(parts, folder, epochs=4, **settings)
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 1, "the epoch before, whether it was the best or not"
-    resumed, found = train(parts, tmp_path / "broken", epochs=4, augment=AUGMENT)
-    assert found.history == wanted.history
-    assert found.best_epoch == wanted.best_epoch
+    return train(parts, folder, epochs=4, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weight_average": 0.9, "keep": "last", "accumulate_batches": 2, "scan_learning_rate": 0.5},
+        {"weight_average": 0.99},
+    ],
+    ids=["plain", "averaged, last", "averaged, best"],
+)
+def test_killed_run_goes_on_and_ends_with_the_same_weights(parts, tmp_path, monkeypatch, settings):
+    unbroken, wanted = train(parts, tmp_path / "whole", epochs=4, augment=AUGMENT, **settings)
+    resumed, found = killed_and_resumed(parts, tmp_path / "broken", monkeypatch, augment=AUGMENT, **settings)
+    assert found == wanted
     assert same(resumed, unbroken)
+
+
+def without_validation(parts):
+    nothing = parts.validation.only([])
+    return replace(parts, validation=nothing, index=replace(parts.index, validation=()).validate())
+
+
+def test_last_epoch_needs_no_validation_clips(parts, tmp_path):
+    last, result = train(parts, tmp_path / "last", keep="last", augment=AUGMENT)
+    assert result.kept_epoch == 2
+    assert result.validation_accuracy == result.history[-1]["val_accuracy"]
+    blind, unseen = train(without_validation(parts), tmp_path / "blind", keep="last", augment=AUGMENT)
+    assert (unseen.kept_epoch, unseen.validation_accuracy) == (2, None)
+    assert [row["train_loss"] for row in unseen.history] == [row["train_loss"] for row in result.history]
+    assert [row["val_loss"] for row in unseen.history] == [None, None]
+    assert same(last, blind), "validation changes nothing"
+    with pytest.raises(AumError, match="train.keep: best is chosen on validation clips, and there are none"):
+        train(without_validation(parts), tmp_path / "best")
+
+
+def test_average_is_that_of_every_step(parts, tmp_path, monkeypatch):
+    """Weights and batch statistics, with the decays of the warm-up, by a plain restatement."""
+    states = []
+    step = TrainingModule.optimizer_step
+
+    def noted(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        states.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+
+    monkeypatch.setattr(TrainingModule, "optimizer_step", noted)
+    averaged, result = train(parts, tmp_path / "averaged", keep="last", weight_average=0.5, augment=AUGMENT)
+    wanted = {name: tensor.double() for name, tensor in model(parts).state_dict().items()}
+    for k, state in enumerate(states):
+        decay = min(0.5, (1 + k) / (10 + k))
+        for name, tensor in state.items():
+            wanted[name] = decay * wanted[name] + (1 - decay) * tensor.double()
+    assert len(states) == 2 * 3
+    for name, tensor in averaged.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+        else:
+            assert tensor == states[-1][name], name
+    plain, other = train(parts, tmp_path / "plain", keep="last", augment=AUGMENT)
+    losses = [[row["train_loss"] for row in r.history] for r in (result, other)]
+    assert losses[0] == losses[1], "the average takes no part in training"
+    assert not same(averaged, plain)
+    assert result.history[-1]["val_loss"] != other.history[-1]["val_loss"], "the average is what is validated"
 
 
 def test_checkpoint_cut_short_is_no_reason_to_stop(parts, tmp_path, capfd):
@@ -206,15 +269,51 @@ def test_predicted_logits_do_not_depend_on_batching(parts, monkeypatch):
     np.testing.assert_allclose(predict_logits(net, parts.train, SPEC), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_weight_decay_by_name_and_shape(parts):
-    net = model(parts)
-    decayed, kept = (set(map(id, group["params"])) for group in parameter_groups(net, 0.1))
-    names = {name: id(parameter) for name, parameter in net.named_parameters()}
+def group_names(net, groups):
+    """Parameter names of each optimiser group."""
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+    assert sum(map(len, found)) == len(names) == len(set.union(*found)), "each parameter once"
+    return found
+
+
+@pytest.mark.parametrize("block_type", ["none", "v1", "v2"])
+def test_weight_decay_and_scan_rate_by_name_and_shape(block_type):
+    net = build_model(student_config(block_type=block_type).model_copy(update={"position": "factorised"}))
+    groups = parameter_groups(net, 0.1, 3e-4)
+    decayed, plain, scan = group_names(net, groups)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert [group.get("lr") for group in groups] == [None, None, 3e-4]
     mixer = "layers.0.mixer."
-    assert {names[mixer + n] for n in ("in_proj.weight", "x_proj_b.weight", "conv1d.weight")} <= decayed
-    assert {names[mixer + n] for n in ("A_log", "A_b_log", "D", "dt_proj.bias")} | {names["norm_f.weight"]} <= kept
-    assert not decayed & kept
-    assert len(decayed) + len(kept) == len(names)
+    assert {mixer + n for n in ("in_proj.weight", "x_proj.weight", "conv1d.weight", "dt_proj.weight")} <= decayed
+    assert {mixer + "conv1d.bias", "norm_f.weight", "pos_embed.rows", "pos_embed.columns", "head.bias"} <= plain
+    own = {"none": {"A_log", "D", "dt_proj.bias"}, "v1": {"A_log", "A_b_log", "D", "dt_proj.bias"}}
+    own["v2"] = own["v1"] | {"D_b", "dt_proj_b.bias"}
+    assert scan == {f"layers.{layer}.mixer.{name}" for layer in (0, 1) for name in own[block_type]}
+    assert "lr" not in parameter_groups(net, 0.1)[2]
+
+
+def test_scan_rate_of_mamba2_and_of_the_class_token():
+    blocks = (Mamba2BlockConfig(d_inner=32, d_state=4, head_dim=8),)
+    net = build_model(aum_config().model_copy(update={"blocks": blocks}))
+    decayed, plain, scan = group_names(net, parameter_groups(net, 0.1))
+    assert scan == {f"layers.0.mixer.{name}" for name in ("A_log", "D", "dt_bias")}
+    assert {"cls_token", "pos_embed.pos_embed"} <= plain
+    assert "layers.0.mixer.norm.weight" in plain
+    assert decayed >= {"head.weight", "patch_embed.proj.weight"}
+
+
+def test_scan_rate_scales_the_steps_of_the_scan_alone(parts, tmp_path):
+    """One step: its gradients are the same whatever the rate."""
+    before = dict(model(parts).named_parameters())
+    settings = {"epochs": 1, "keep": "last", "learning_rate": 1e-3, "warmup_epochs": 0.0, "weight_decay": 0.0}
+    settings |= {"batch_size": 64, "augment": AugmentConfig(time_roll_seconds=0.0), "gradient_clip": None}
+    plain, _ = train(parts, tmp_path / "plain", **settings)
+    slow, _ = train(parts, tmp_path / "slow", scan_learning_rate=0.1, **settings)
+    for name, parameter in plain.named_parameters():
+        moved, moved_slowly = (parameter - before[name]).detach(), (slow.get_parameter(name) - before[name]).detach()
+        share = 0.1 if name.endswith(("_log", ".D", ".D_b", "dt_proj.bias", "dt_proj_b.bias")) else 1.0
+        torch.testing.assert_close(moved_slowly, share * moved, rtol=0.02, atol=1e-7, msg=name)
 
 
 def test_teacher_logits_are_found_by_name_and_checksum(tmp_path):

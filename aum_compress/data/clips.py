@@ -32,7 +32,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class DataIndex:
-    """A data set cut into parts. No group stands in two of train and validation; the test part chooses nothing."""
+    """A data set cut into parts. No group stands in two of train and validation; the test part chooses nothing.
+
+    The validation part may be empty, where nothing is to be chosen on it.
+    """
 
     root: Path
     labels: tuple[str, ...]
@@ -53,7 +56,7 @@ class DataIndex:
         """This index, when a model can be trained and judged on it; else DataError with everything that is wrong."""
         problems = [
             f"the {name} part has no clips"
-            for name, part in (("training", self.train), ("validation", self.validation), ("test", self.test))
+            for name, part in (("training", self.train), ("test", self.test))
             if not part
         ]
         trained = {clip.label for clip in self.train}

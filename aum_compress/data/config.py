@@ -29,8 +29,9 @@ class _DataSection(BaseModel):
 
     clip_seconds: Annotated[float, Field(gt=0)] = 1.0
     """Length of one example."""
-    validation_fraction: Share = 0.15
-    """Share of the training clips that is set apart, whole groups at a time, to choose checkpoints and thresholds."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """Share of the training clips that is set apart, whole groups at a time, to choose checkpoints. With 0 there are
+    none, and each training keeps its last epoch (`keep: last`)."""
     on_bad_files: Literal["stop", "skip"] = "stop"
     """What to do about files that cannot be used: name them all and stop, or go on without them."""
 

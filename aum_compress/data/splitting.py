@@ -49,10 +49,12 @@ def take_groups(clips: Sequence[Clip], fraction: float, seed: int, what: str) ->
 
     Groups are visited in a seeded random order; one is taken when that brings the class shares, as a whole, nearer to
     `fraction` and leaves every one of its classes something. A class that was left without is then given its smallest
-    group, so that each class stands on both sides.
+    group, so that each class stands on both sides. A fraction of 0 takes nothing.
 
     Raises DataError when a class has one group only; `what` names the part to be made in that message.
     """
+    if not fraction:
+        return list(clips), []
     groups: dict[str, Counter[str]] = defaultdict(Counter)
     for clip in clips:
         groups[clip.group][clip.label] += 1

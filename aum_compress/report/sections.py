@@ -60,7 +60,7 @@ def _road(report: Report) -> Section | None:
     )
     data = report["data"]
     paragraphs = (
-        f"{MEASURE} The {data['test']:,} test clips chose nothing: the best epochs were chosen on "
+        f"{MEASURE} The {data['test']:,} test clips chose nothing: where an epoch was chosen, it was on "
         f"{data['validation']:,} validation clips. Over all clips: share of right answers, whatever the class. "
         "Log loss in nats. MACs for one second of audio.",
     )
@@ -200,7 +200,10 @@ def _training(report: Report) -> Section | None:
         *names("run"),
         *numbers("epochs", "best epoch", "its accuracy", "its loss", "last training loss", "last validation loss"),
     )
-    text = "Accuracy in % on the validation clips, which also choose the best epoch; loss as each run minimises it."
+    text = (
+        "Accuracy in % on the validation clips, which choose the epoch where not the last one is kept; loss as each "
+        "run minimises it."
+    )
     return Section("training", "Training", (text,), (Table("Runs", columns, tuple(rows)),))
 
 

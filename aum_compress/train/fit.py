@@ -1,4 +1,4 @@
-"""One training run: Lightning called from code, resumed where it was killed, the best epoch's weights kept."""
+"""One training run: Lightning called from code, resumed where it was killed, the best or the last epoch kept."""
 
 import copy
 import logging
@@ -26,11 +26,14 @@ from aum_compress.train.module import TrainingModule
 
 @dataclass(frozen=True)
 class FitResult:
-    """Of one run: the best epoch (from 1), its macro validation accuracy in percent, and the curve by epoch."""
+    """Of one run: the epoch kept (from 1), its macro validation accuracy in percent, and the curve by epoch.
 
-    best_epoch: int
-    validation_accuracy: float
-    history: list[dict[str, float]]
+    What is measured on validation clips is None where there are none.
+    """
+
+    kept_epoch: int
+    validation_accuracy: float | None
+    history: list[dict[str, float | None]]
 
 
 def fit(
@@ -48,7 +51,7 @@ def fit(
     distill: DistillSection | None = None,
     ranks: Ranks = ALONE,
 ) -> FitResult:
-    """Trains `model` in place and leaves the weights of the best validation epoch in it.
+    """Trains `model` in place and leaves in it the weights, or their average, of the epoch that `config.keep` names.
 
     Args:
         data: this process' share of the batches.
@@ -61,11 +64,11 @@ def fit(
             GPUs; on CPUs each process' own, as torch has no other there.
 
     Raises:
-        AumError: training diverged (loss not finite), a precision, device or strategy that this machine lacks, fewer
-            validation clips than processes, or a process that has ended.
+        AumError: training diverged (loss not finite), a precision, device or strategy that this machine lacks, too few
+            validation clips, or a process that has ended.
         FirstProcessFailed: on the other processes, when the first one reports one of these.
     """
-    ranks.first(lambda: _prepare(work_dir, data, ranks))
+    ranks.first(lambda: _prepare(work_dir, data, config, ranks))
     # its hints on hardware, workers and services are no concern of a recipe's user
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
@@ -92,24 +95,34 @@ def fit(
     )
     # a checkpoint of its own: `save_last` would be written only when an epoch is the best so far
     newest = ModelCheckpoint(work_dir, filename="last", monitor=None, save_top_k=1, enable_version_counter=False)
+    best_or_not = [best] if config.keep == "best" else []
     last = work_dir / "last.ckpt"
     with progress(description) as reporter, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        callbacks = [best, newest, history, _ProgressCallback(reporter, config.epochs, batches)]
-        trainer = _trainer(config, callbacks, work_dir, log_dir, ranks)
+        callbacks = [*best_or_not, newest, history, _ProgressCallback(reporter, config.epochs, batches)]
+        trainer = _trainer(config, callbacks, work_dir, log_dir, ranks, validates=bool(len(data.parts.validation)))
         goes_on = ranks.agree(ranks.is_first and _is_whole(last, description))
         _run(trainer, module, data, last if goes_on else None)
-    ranks.first(lambda: _load_best(model, best.best_model_path, description))
+    kept = best.best_model_path if config.keep == "best" else str(last)
+    ranks.first(lambda: _load(model, kept, "averaged." if config.weight_average else "model.", description))
     ranks.from_first(model.state_dict().values())
     model.eval()
-    score = 100 * float(best.best_model_score)
     rows = history.rows
-    best_epoch = next((row["epoch"] for row in rows if math.isclose(row["val_accuracy"], score, abs_tol=1e-4)), 0)
-    return FitResult(best_epoch, score, rows)
+    if config.keep == "last":
+        return FitResult(rows[-1]["epoch"], rows[-1]["val_accuracy"], rows)
+    score = 100 * float(best.best_model_score)
+    kept_epoch = next((row["epoch"] for row in rows if math.isclose(row["val_accuracy"], score, abs_tol=1e-4)), 0)
+    return FitResult(kept_epoch, score, rows)
 
 
-def _prepare(work_dir: Path, data: ClipsDataModule, ranks: Ranks) -> None:
-    if (clips := len(data.parts.validation)) < ranks.size:
+def _prepare(work_dir: Path, data: ClipsDataModule, config: TrainConfig, ranks: Ranks) -> None:
+    clips = len(data.parts.validation)
+    if config.keep == "best" and not clips:
+        raise AumError(
+            "train.keep: best is chosen on validation clips, and there are none. Set keep: last, or a "
+            "data.validation_fraction that leaves some"
+        )
+    if 0 < clips < ranks.size:
         raise AumError(
             f"train.devices, train.nodes: {ranks.size} processes cannot share {clips} validation clips; wanted at most "
             "as many processes as clips"
@@ -117,11 +130,14 @@ def _prepare(work_dir: Path, data: ClipsDataModule, ranks: Ranks) -> None:
     work_dir.mkdir(parents=True, exist_ok=True)
 
 
-def _load_best(model: nn.Module, checkpoint: str, description: str) -> None:
+def _load(model: nn.Module, checkpoint: str, prefix: str, description: str) -> None:
+    """Args: prefix: of the tensors to take, `model.` or `averaged.`."""
     if not checkpoint:
         raise AumError(f"{description}: no epoch gave a finite validation accuracy. Lower learning_rate")
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")})
+    model.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})
+    if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise AumError(f"{description}: weights that are not finite: {', '.join(bad[:3])}. Lower learning_rate")
 
 
 def _run(trainer: L.Trainer, module: TrainingModule, data: ClipsDataModule, checkpoint: Path | None) -> None:
@@ -160,7 +176,9 @@ def _is_whole(checkpoint: Path, description: str) -> bool:
     return True
 
 
-def _trainer(config: TrainConfig, callbacks: list, work_dir: Path, log_dir: Path, ranks: Ranks) -> L.Trainer:
+def _trainer(
+    config: TrainConfig, callbacks: list, work_dir: Path, log_dir: Path, ranks: Ranks, *, validates: bool
+) -> L.Trainer:
     # one process among waiting others must not train with them
     alone_among_others = ranks.size == 1 and torch.distributed.is_initialized()
     try:
@@ -181,6 +199,7 @@ def _trainer(config: TrainConfig, callbacks: list, work_dir: Path, log_dir: Path
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            limit_val_batches=None if validates else 0,
             default_root_dir=work_dir,
         )
     except (
@@ -214,7 +233,7 @@ class _History(L.Callback):
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, float | None]] = []
         self.losses: list[float] = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -236,18 +255,20 @@ class _History(L.Callback):
         )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # not at the end of the training epoch: the checkpoint is written before that
+        metrics = trainer.callback_metrics
+        self._add(trainer, float(metrics["val_loss"]), 100 * float(metrics["val_accuracy"]))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if len(self.rows) <= trainer.current_epoch:  # nothing was validated
+            self._add(trainer, None, None)
+
+    def _add(self, trainer: L.Trainer, val_loss: float | None, val_accuracy: float | None) -> None:
         # the logged train_loss is known only after validation
         train_loss = self.ranks.mean(sum(self.losses) / len(self.losses))
         self._require_finite(train_loss, trainer)
-        metrics = trainer.callback_metrics
-        self.rows.append(
-            {
-                "epoch": trainer.current_epoch + 1,
-                "train_loss": train_loss,
-                "val_loss": float(metrics["val_loss"]),
-                "val_accuracy": 100 * float(metrics["val_accuracy"]),
-            }
-        )
+        epoch = trainer.current_epoch + 1
+        self.rows.append({"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy})
 
     def state_dict(self) -> dict:
         return {"rows": copy.deepcopy(self.rows)}

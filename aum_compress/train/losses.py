@@ -9,10 +9,15 @@ def label_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) ->
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / T): a teacher's targets, which may be blended as labels are. Args: logits (B,C)."""
+    return F.softmax(logits / temperature, dim=-1)
+
+
 def distillation_loss(
     logits: Tensor,
     targets: Tensor,
-    teacher_logits: Tensor,
+    teacher: Tensor,
     *,
     label_weight: float,
     temperature: float,
@@ -21,13 +26,14 @@ def distillation_loss(
     """lambda * CE + (1 - lambda) * T^2 * KL(teacher || student), both softened by T (Hinton et al. 2015).
 
     Args:
-        logits, teacher_logits: (B,C). targets: as in `label_loss`.
+        logits: (B,C). targets: as in `label_loss`.
+        teacher: (B,C) probabilities from `soften`. Those of a mixture of clips are the mixture of their probabilities,
+            as in EfficientAT; a mixture of logits would be the targets of no clip at all.
         label_weight: lambda. kl_reduction: `batchmean`, the KL divergence proper; `mean` divides it by C as well, which
             is what `.mean()` does in CP-JKU's DCASE 2023 code.
     """
     student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    divergence = F.kl_div(student, teacher, reduction="batchmean") * temperature**2
     if kl_reduction == "mean":
         divergence = divergence / logits.shape[1]
     return label_weight * F.cross_entropy(logits, targets) + (1 - label_weight) * divergence

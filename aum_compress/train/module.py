@@ -1,6 +1,8 @@
 """The Lightning module: augmentation, loss, optimiser and schedule of one training run."""
 
+import copy
 import math
+import re
 
 import lightning as L
 import torch
@@ -13,7 +15,11 @@ from aum_compress.audio.config import InputSpec
 from aum_compress.audio.frontend import front_end_module
 from aum_compress.models.audio_mamba import AudioMamba
 from aum_compress.recipe_schema import DistillSection, TrainConfig
-from aum_compress.train.losses import distillation_loss, label_loss
+from aum_compress.train.averaging import average_into, decay_at
+from aum_compress.train.losses import distillation_loss, label_loss, soften
+
+SCAN_PARAMETERS = re.compile(r"\b(A(_b)?_log|D(_b)?|dt_bias|dt_proj(_b)?\.bias)$")
+"""What the selective scan of either mixer learns besides the projections that make its inputs."""
 
 
 class TrainingModule(L.LightningModule):
@@ -42,6 +48,8 @@ class TrainingModule(L.LightningModule):
         self.model = model.to(memory_format=torch.channels_last)
         if isinstance(model, AudioMamba):
             model.activation_checkpointing = config.activation_checkpointing
+        # a module, so that it is part of the checkpoint
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if config.weight_average else None
         self.spec = spec
         self.config = config
         self.n_classes = n_classes
@@ -64,6 +72,7 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(place % 2**63)  # dropout
         features = self._augmented(x, generator)
         teacher = None if self.teacher_logits is None else self.teacher_logits[index.cpu()].to(features.device)
+        teacher = None if teacher is None else soften(teacher, self.distill.temperature)
         targets = y
         if self.config.augment.mixup_alpha:
             features, order, share = augment.mixup(features, self.config.augment.mixup_alpha, generator)
@@ -105,23 +114,35 @@ class TrainingModule(L.LightningModule):
             x = augment.time_mask(x, config.time_mask_frames, generator)
         return x
 
+    @property
+    def kept(self) -> nn.Module:
+        """What is validated and shipped: the averaged weights where there are such."""
+        return self.model if self.averaged is None else self.averaged
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        step = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        if self.averaged is not None:
+            average_into(self.averaged, self.model, decay_at(step, self.config.weight_average))
+
     def on_validation_epoch_start(self) -> None:
         """What is validated is what the first process saves, its batch statistics too."""
         if self.trainer.world_size > 1:
-            for buffer in self.model.buffers():
+            for buffer in self.kept.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         x, y, _ = batch
         features = self.front_end(x) if x.dim() == 2 else x
-        logits = self.model((features - self.spec.mean) / self.spec.std).float()
+        logits = self.kept((features - self.spec.mean) / self.spec.std).float()
         self.validation_accuracy(logits, y)
         self.log("val_accuracy", self.validation_accuracy, on_epoch=True, batch_size=len(y))
         self.log("val_loss", F.cross_entropy(logits, y), on_epoch=True, batch_size=len(y), sync_dist=True)
 
     def configure_optimizers(self):
-        groups = parameter_groups(self.model, self.config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
+        rate = self.config.learning_rate
+        groups = parameter_groups(self.model, self.config.weight_decay, rate * self.config.scan_learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=rate)
         steps = self.steps_per_epoch
         warmup, total = self.config.warmup_epochs * steps, self.config.epochs * steps
 
@@ -134,13 +155,24 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, scan_learning_rate: float | None = None) -> list[dict]:
     """Decay for matrices and convolutions only: not for norms, biases, positions, the class token, A and D.
 
     Decided by name and shape, because pruning replaces parameters and loses attributes on them.
+
+    Args: scan_learning_rate: of A, D and the step sizes' biases; that of all others when left out.
     """
-    decayed, kept = [], []
+    decayed, plain, scan = [], [], []
     for name, parameter in model.named_parameters():
-        plain = parameter.dim() < 2 or name.endswith(("_log", "pos_embed", "cls_token"))
-        (kept if plain else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        if SCAN_PARAMETERS.search(name):
+            scan.append(parameter)
+        elif parameter.dim() < 2 or "pos_embed" in name or name.endswith("cls_token"):
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    own_rate = {} if scan_learning_rate is None else {"lr": scan_learning_rate}
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": scan, "weight_decay": 0.0} | own_rate,
+    ]
