@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aum_compress.train.losses import distillation_loss, label_loss, soften
-from aum_compress.train.metrics import classification_metrics
+from aum_compress.train.metrics import calibration_error, classification_metrics
 
 
 def log_softmax(values):
@@ -146,3 +146,14 @@ def test_metrics_without_devices():
     assert "by_device" not in found
     assert "unseen" not in found
     assert found["accuracy"] == 100.0
+
+
+def test_calibration_error_by_hand():
+    # three answers at 0.9, two of them right; two at 0.6, both right: (3*|2/3 - 0.9| + 2*|1 - 0.6|) / 5
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.4, 0.6]])
+    targets = np.array([0, 1, 1, 0, 1])
+    assert calibration_error(probabilities, targets) == pytest.approx(100 * (3 * (0.9 - 2 / 3) + 2 * 0.4) / 5)
+
+
+def test_certain_and_right_is_calibrated():
+    assert calibration_error(np.eye(4), np.arange(4)) == 0
