@@ -5,14 +5,27 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper, parser
+from onnx import inliner, numpy_helper, parser
+from safetensors.torch import save
 
 from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.check import check_bundle, check_model
 from aum_compress.budget.check_onnx import check_onnx
+from aum_compress.budget.onnx_bytes import (
+    FOLDED,
+    FOLDED_BIAS,
+    NARROWED,
+    NEVER_READ,
+    QUANTISED,
+    SCALES,
+    STRUCTURE,
+    bundle_sizes,
+    explain_bytes,
+)
 from aum_compress.budget.onnx_graph import measure_graph
 from aum_compress.budget.records import Limits, enforce
 from aum_compress.bundle import BundleCard, write_bundle
@@ -88,11 +101,61 @@ def test_all_witnesses_agree_on_an_exported_file(name, exports):
     assert elementwise == torch_report.elementwise
 
 
+def sizes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, str]]:
+    """What `bundle_sizes` reads of a bundle with these tensors."""
+    return {name: (tensor.nbytes, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["student", "aum", "cp-mobile"])
+def test_stored_bytes_follow_from_the_bundle(name, exports, tmp_path):
+    """From the tensors that were exported: nothing but structure differs. From the network before: all is explained."""
+    config, precision, path, model = exports[name]
+    stored = stored_tensors(model, half=precision != "fp32")
+    (tmp_path / "model.safetensors").write_bytes(save(stored))
+    assert bundle_sizes(tmp_path / "model.safetensors") == sizes(stored)
+    found = explain_bytes(path, sizes(stored))
+    assert found.by_reason.keys() == {STRUCTURE}
+    report = check_onnx(path, stored=sizes(stored))
+    assert found.bundle_bytes == report.param_bytes
+    assert any(note.startswith("bytes follow from the bundle's tensors") for note in report.notes)
+
+    before = build_model(config).eval()
+    explained = explain_bytes(path, sizes(before.state_dict()))
+    assert explained.onnx_bytes - explained.bundle_bytes == sum(explained.by_reason.values())
+    assert explained.onnx_bytes == found.onnx_bytes
+    folded, quantised = {FOLDED, FOLDED_BIAS, NEVER_READ}, {QUANTISED, SCALES}
+    wanted = {
+        "student": {NARROWED, *folded, *quantised},
+        "aum": {NARROWED},
+        "cp-mobile": {*folded, *quantised},  # all floats of CP-Mobile come from its norms
+    }
+    assert explained.by_reason.keys() == {STRUCTURE, *wanted[name]}
+
+
+@pytest.mark.parametrize("name", ["student", "aum", "cp-mobile"])
+def test_what_another_tool_makes_of_an_export_counts_the_same(name, exports, tmp_path):
+    """Functions inlined, then fused and converted to integer operators by onnxruntime."""
+    _, _, path, _ = exports[name]
+    report = check_onnx(path)
+    inlined = tmp_path / "inlined.onnx"
+    onnx.save(inliner.inline_local_functions(onnx.load(path)), inlined)
+    found = check_onnx(inlined)
+    assert (found.macs, found.elementwise) == (report.macs, report.elementwise)
+    assert found.peak_activation_bytes == report.peak_activation_bytes
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert check_onnx(tmp_path / "optimised.onnx").macs == report.macs
+
+
 def test_a_batch_axis_left_open_is_a_batch_of_one(tmp_path):
     config = STUDENT.model_copy(update={"blocks": (ONE_WAY,)})
     path = tmp_path / "model.onnx"
-    write_export(config, "fp32", path, dynamic_batch=True)
+    model = write_export(config, "fp32", path, dynamic_batch=True)
+    assert explain_bytes(path, sizes(model.state_dict())).by_reason.keys() == {STRUCTURE}
     report = check_onnx(path)
+    assert report.file_bytes == path.stat().st_size
     assert report.macs == sum(analytic_macs(config).values())
     assert any("batch of one" in note for note in report.notes)
     assert check_onnx(path, dims={"batch": 4}).macs == 4 * report.macs

@@ -198,6 +198,57 @@ def test_attention_costs_what_its_definition_does():
     assert measure_graph(graph(text, opset=23), "").peak_activation_bytes == 4 * (2 * 5 * 8 + 2 * 7 * 20 + 2 * 5 * 12)
 
 
+@pytest.mark.parametrize(
+    ("text", "opset", "macs", "elementwise"),
+    [
+        # two heads share a key; five queries, seven keys
+        (
+            "g (float[2,4,5,8] q, float[2,2,7,8] k, float[2,2,7,12] v) => (float y) { y = Attention (q, k, v) }",
+            24,
+            2 * 4 * 5 * 7 * (8 + 12),
+            {"softmax": 280},
+        ),
+        # three keys more from before
+        (
+            "g (float[2,4,5,8] q, float[2,4,7,8] k, float[2,4,3,8] p) => (float y) "
+            "{ y, n, m = Attention (q, k, k, , p, p) }",
+            23,
+            2 * 4 * 5 * 10 * 16,
+            {"softmax": 400},
+        ),
+        (
+            "g (float[2,4,5,8] x, float[2,5,4] c, float[2,5,4] s) => (float y) { y = RotaryEmbedding (x, c, s) }",
+            23,
+            0,
+            {"multiply": 4 * 160, "add": 2 * 160},
+        ),
+        (
+            "g (float[2,6,5] x, float[6,1,4] w, float[6] b) => (float y) { y, n = CausalConvWithState (x, w, b) }",
+            27,
+            2 * 6 * 5 * 4,
+            {"add": 60},
+        ),
+        # outer product and read-out of a 4x6 state, for 2 heads, 5 steps, 2 sequences; results are scaled
+        (
+            "g (float[2,5,8] q, float[2,5,12] v) => (float y) { y, s = LinearAttention <q_num_heads = 2, "
+            'kv_num_heads = 2, update_rule = "linear"> (q, q, v) }',
+            27,
+            2 * 2 * 5 * 2 * 24 + 120,
+            {},
+        ),
+        ("g (float[2,5,8] x) => (float y) { y = SwiGLU (x, x) }", 28, 0, {"silu": 80, "multiply": 80}),
+    ],
+)
+def test_operators_that_the_standard_defines_by_others(text, opset, macs, elementwise):
+    if opset > onnx.defs.onnx_opset_version():
+        pytest.skip(f"onnx {onnx.__version__} does not know it")
+    model = graph(text, opset=opset)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    found = counted(model)
+    assert found[0] == macs
+    assert elementwise.items() <= found[1].items()
+
+
 def test_an_operator_that_the_files_version_does_not_have_is_unknown():
     text = "g (float[1,1,3,3] x) => (float[1,1,3,3] y) { y = Swish (x) }"
     assert counted(graph(text, opset=24)) == (0, {"silu": 9})

@@ -17,28 +17,6 @@ DOMAINS = ("com.microsoft", "")
 OPSET = 23
 """Version of the standard's operators that the definitions below use."""
 
-SCALES = {
-    "QuantizeLinear": (1, 2),
-    "DequantizeLinear": (1, 2),
-    "QLinearConv": (1, 2, 4, 5, 6, 7),
-    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
-    "ConvInteger": (2, 3),
-    "MatMulInteger": (2, 3),
-    "QLinearAdd": (1, 2, 4, 5, 6, 7),
-    "QLinearMul": (1, 2, 4, 5, 6, 7),
-    "QGemm": (1, 2, 4, 5, 7, 8),
-    "QLinearSigmoid": (1, 2, 3, 4),
-    "QLinearLeakyRelu": (1, 2, 3, 4),
-    "QLinearSoftmax": (1, 2, 3, 4),
-    "QLinearGlobalAveragePool": (1, 2, 3, 4),
-    "QLinearAveragePool": (1, 2, 3, 4),
-    "MatMulNBits": (2, 3),
-    "DynamicQuantizeMatMul": (2, 3),
-    "MatMulIntegerToFloat": (2, 3, 4, 5),
-    "QAttention": (3, 4, 6, 7),
-}
-"""Operator, of the standard or not -> places of quantisation scales and zero points among its inputs."""
-
 
 class Unsupported(Exception):
     """A form of an operator that is not written out here."""
@@ -327,8 +305,13 @@ def _present(n: _Node) -> str:
     return ", ".join(f"i{place}" for place in range(len(n.inputs)) if n.has(place))
 
 
+def is_contrib(node: onnx.NodeProto) -> bool:
+    """Whether it is an operator of onnxruntime's own that is defined here, in one form at least."""
+    return node.domain in DOMAINS and node.op_type in DEFINITIONS
+
+
 def contrib_function(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> onnx.FunctionProto | None:
-    """The definition of a node of onnxruntime's own, for the inputs that it has; None where there is none.
+    """The definition of a node that `is_contrib`, for the inputs that it has; None for a form that is not written out.
 
     Args:
         inputs: None where an optional one is left out.
@@ -336,8 +319,6 @@ def contrib_function(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> on
     Raises:
         Unsized: an input whose size does not follow from those of the graph's inputs.
     """
-    if node.domain not in DOMAINS or node.op_type not in DEFINITIONS:
-        return None
     view = _Node(node, inputs)
     try:
         body = DEFINITIONS[node.op_type](view)

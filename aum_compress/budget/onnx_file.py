@@ -14,9 +14,6 @@ from aum_compress.errors import ModelFileError, join_problems
 INPUT_KEY = "input"
 """Key in `metadata_props` of files that aum-compress exports: the input specification as JSON."""
 NARROW_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-SINGLE_VALUES = {"value_float": onnx.TensorProto.FLOAT, "value_int": onnx.TensorProto.INT64}
-SEVERAL_VALUES = {"value_floats": onnx.TensorProto.FLOAT, "value_ints": onnx.TensorProto.INT64}
-"""Attributes of Constant that hold numbers without a tensor around them."""
 GRAPH, GRAPHS = onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS
 
 
@@ -38,6 +35,9 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise ModelFileError(
             f"{path}: not an ONNX file, or one that was cut short: it names no version of its operators"
         )
+    imports = [*model.opset_import, *(entry for function in model.functions for entry in function.opset_import)]
+    if wrong := [f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in imports if not 0 < entry.version < 2**31]:
+        raise ModelFileError(f"{path}: names versions of operators that do not exist: {', '.join(wrong)}")
     tensors = list(stored_constants(model))
     external = [found for name, tensor in tensors if (found := _external_problem(name, tensor, path.parent))]
     if external:
@@ -134,7 +134,7 @@ def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return single + [graph for attribute in node.attribute if attribute.type == GRAPHS for graph in attribute.graphs]
 
 
-Stored = onnx.TensorProto | onnx.SparseTensorProto
+Held = onnx.TensorProto | onnx.SparseTensorProto
 
 
 def stored_constants(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
@@ -171,19 +171,33 @@ def _sparse_parts(name: str, tensor: onnx.SparseTensorProto) -> Iterator[tuple[s
     yield f"{name}.indices", tensor.indices
 
 
-def constant_of(node: onnx.NodeProto) -> Stored | None:
-    """What a Constant holds; None for text."""
-    (attribute,) = node.attribute
-    if attribute.name == "value":
-        return attribute.t
-    if attribute.name == "sparse_value":
-        return attribute.sparse_tensor
-    held = helper.get_attribute_value(attribute)
-    if attribute.name in SINGLE_VALUES:
-        return helper.make_tensor("", SINGLE_VALUES[attribute.name], [], [held])
-    if attribute.name in SEVERAL_VALUES:
-        return helper.make_tensor("", SEVERAL_VALUES[attribute.name], [len(held)], held)
-    return None
+def constant_of(node: onnx.NodeProto) -> Held | None:
+    """What a Constant holds; None for text, and for what the call of a function fills in.
+
+    Raises:
+        ModelFileError: nothing, or something of another type than its name says.
+    """
+    kinds = onnx.AttributeProto
+    for attribute in node.attribute if len(node.attribute) == 1 else ():
+        if attribute.ref_attr_name:
+            return None
+        held = (attribute.name, attribute.type)
+        if held == ("value", kinds.TENSOR):
+            return attribute.t
+        if held == ("sparse_value", kinds.SPARSE_TENSOR):
+            return attribute.sparse_tensor
+        if held == ("value_float", kinds.FLOAT):
+            return helper.make_tensor("", onnx.TensorProto.FLOAT, [], [attribute.f])
+        if held == ("value_int", kinds.INT):
+            return helper.make_tensor("", onnx.TensorProto.INT64, [], [attribute.i])
+        if held == ("value_floats", kinds.FLOATS):
+            return helper.make_tensor("", onnx.TensorProto.FLOAT, [len(attribute.floats)], attribute.floats)
+        if held == ("value_ints", kinds.INTS):
+            return helper.make_tensor("", onnx.TensorProto.INT64, [len(attribute.ints)], attribute.ints)
+        if held in (("value_string", kinds.STRING), ("value_strings", kinds.STRINGS)):
+            return None
+    found = ", ".join(str(attribute.name) for attribute in node.attribute) or "nothing"
+    raise ModelFileError(f"Constant {node.output[:1]}: holds {found}, wanted one value; the file is damaged")
 
 
 def stored_bytes(tensor: onnx.TensorProto) -> int:
@@ -192,7 +206,9 @@ def stored_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def bits(data_type: int) -> int:
-    """Width of a value; 0 for text, which has none."""
+    """Width of a value; 0 for text, which has none, and for types that this version of onnx does not know."""
+    if data_type not in onnx.TensorProto.DataType.values():
+        return 0
     name = onnx.TensorProto.DataType.Name(data_type)
     if name in ("STRING", "UNDEFINED"):
         return 0
@@ -233,6 +249,8 @@ def _external_problem(name: str, tensor: onnx.TensorProto, folder: Path) -> str 
 
 
 def _inner_problem(name: str, tensor: onnx.TensorProto) -> str | None:
+    if tensor.data_type not in onnx.TensorProto.DataType.values() or min(tensor.dims, default=0) < 0:
+        return f"{name}: has type {tensor.data_type} and shape {list(tensor.dims)}, which do not exist"
     # a message is longer than its data; asking for the data itself would copy all weights
     if _is_external(tensor) or not bits(tensor.data_type) or not tensor.HasField("raw_data"):
         return None

@@ -41,7 +41,9 @@ def _filled(node: onnx.NodeProto, attributes: Mapping[str, onnx.AttributeProto])
     return filled
 
 
-def definition(node: onnx.NodeProto, schema: defs.OpSchema, inputs: Sequence[Value]) -> onnx.FunctionProto | None:
+def definition(
+    node: onnx.NodeProto, schema: defs.OpSchema, inputs: Sequence[Value | None]
+) -> onnx.FunctionProto | None:
     """The function by which the standard defines an operator, for inputs of these types; None where it has none.
 
     The attributes of `node` are filled in.
@@ -55,7 +57,7 @@ def definition(node: onnx.NodeProto, schema: defs.OpSchema, inputs: Sequence[Val
             found.attribute_proto.extend(value for value in defaults.values() if value.name)
         return found
     if schema.has_context_dependent_function:
-        types = [value.type.SerializeToString() for value in inputs]
+        types = [b"" if value is None else value.type.SerializeToString() for value in inputs]
         found.ParseFromString(schema.get_context_dependent_function(node.SerializeToString(), types))
         return found
     return None

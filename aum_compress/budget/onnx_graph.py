@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from aum_compress.budget.onnx_contrib import contrib_function
+from aum_compress.budget.onnx_contrib import contrib_function, is_contrib
 from aum_compress.budget.onnx_control import CONTROL, BodyRun, ControlRun, run_if, run_loop, run_scan
 from aum_compress.budget.onnx_cost import COUNTED, Cost, node_operations, source_of
 from aum_compress.budget.onnx_file import input_sizes
@@ -36,6 +36,11 @@ from aum_compress.errors import AumError, ModelFileError, join_problems
 
 SCAN_FUNCTION = ("aum_compress", "SelectiveScan")
 """Domain and name of the model-local function that `export` writes around a scan."""
+
+
+KNOWN = COUNTED.union(CONTROL, ONNX_BY_DEFINITION)
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""Raised where a node lacks attributes or inputs, or has such of another type, or names that are no text."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,11 @@ class _Walk:
                     f"{self.source}: {node.op_type} {_title(node)}: the size of {str(error)!r} does not follow from "
                     "those of the inputs, so it cannot be counted; export the model with fixed sizes"
                 ) from None
+            except MALFORMED as error:
+                raise ModelFileError(
+                    f"{self.source}: {node.op_type} {_title(node)}: is not what ONNX defines ({error}); the file is "
+                    "damaged or its exporter in error: see what onnx.checker.check_model says of it"
+                ) from None
         return steps
 
     def _node(
@@ -162,13 +172,17 @@ class _Walk:
         if local is not None:
             return self._call(node, local, inputs, scope, cost)
         schema = schema_of(node, scope.opsets)
-        if schema is not None and node.op_type in CONTROL and not (node.op_type == "Scan" and schema.since_version < 9):
-            if any(value.is_lost for value in given):
-                return self._lose(node, scope)
+        if schema is None:
+            is_known = is_contrib(node)
+        else:  # the first Scan took its batch apart
+            is_known = node.op_type in KNOWN and not (node.op_type == "Scan" and schema.since_version < 9)
+        if not is_known:
+            return self._refuse(node, scope)
+        if any(value.is_lost for value in given):
+            return self._lose(node, scope)
+        if schema is not None and node.op_type in CONTROL:
             return self._control(node, inputs, scope, cost)
         if schema is not None and node.op_type in COUNTED:
-            if any(value.is_lost for value in given):
-                return self._lose(node, scope)
             made = outputs_of(node, inputs, scope.opsets, self.source)
             self._take(node, made, scope)
             # of what is made from constants, integers are sizes and axes; floats are tables, which torch computes too
@@ -178,17 +192,9 @@ class _Walk:
                 source = source_of(node, in_recurrence or node.output[0] in near.products)
                 cost.add(scope.layer_of(node), source, found)
             return [Step(given, [value for value in made if value.name])]
-        if any(value.is_lost for value in given):
-            function = None
-        elif schema is not None:
-            function = definition(node, schema, given) if node.op_type in ONNX_BY_DEFINITION else None
-        else:
-            function = contrib_function(node, inputs)
+        function = contrib_function(node, inputs) if schema is None else definition(node, schema, inputs)
         if function is None:
-            operator = "::".join(filter(None, (node.domain, node.op_type)))
-            layer = scope.layer_of(node)
-            self.unknown.append(f"{_title(node)}: {operator}{f' (layer {layer})' if layer else ''}")
-            return self._lose(node, scope)
+            return self._refuse(node, scope)
         return [self._defined(node, function, inputs, scope, cost)]
 
     def _call(
@@ -278,8 +284,15 @@ class _Walk:
     def _take(self, node: onnx.NodeProto, made: Sequence[Value], scope: Scope) -> None:
         scope.values |= {value.name: value for value in made if value.name}
 
+    def _refuse(self, node: onnx.NodeProto, scope: Scope) -> Sequence[Step]:
+        """Notes an unknown operator, and goes on to find the others."""
+        operator = "::".join(filter(None, (node.domain, node.op_type)))
+        layer = scope.layer_of(node)
+        self.unknown.append(f"{_title(node)}: {operator}{f' (layer {layer})' if layer else ''}")
+        return self._lose(node, scope)
+
     def _lose(self, node: onnx.NodeProto, scope: Scope) -> Sequence[Step]:
-        """Goes on past an unknown operator, to find the others."""
+        """Goes on past a node that is unknown, or reads what such a one makes."""
         self._take(node, [Value(name, None, is_lost=True) for name in node.output], scope)
         return ()
 

@@ -12,7 +12,7 @@ import onnx
 
 from aum_compress.budget.onnx_file import bodies
 from aum_compress.budget.onnx_products import MATRIX_PRODUCTS
-from aum_compress.budget.onnx_values import FLOATING, SEEN_THROUGH, Scope
+from aum_compress.budget.onnx_values import FLOATING, SEEN_THROUGH, Origin, Scope
 from aum_compress.budget.operators import ONNX_FREE, ONNX_READ, ONNX_WRITTEN
 
 BORDERS = ("batch_norm", "norm", "softmax", "pool")
@@ -42,9 +42,9 @@ def is_recurrence(node: onnx.NodeProto) -> bool:
     """A Scan, or a Loop that carries floating-point values from one trip to the next."""
     if node.op_type != "Loop":
         return node.op_type == "Scan"
-    (body,) = bodies(node)
     # a body that does not say what it carries is taken to carry what a network carries
-    return any(value.type.tensor_type.elem_type in (0, *FLOATING) for value in body.input[2:])
+    carried = [value.type.tensor_type.elem_type for body in bodies(node) for value in body.input[2:]]
+    return any(kind in (0, *FLOATING) for kind in carried)
 
 
 def silu_gates(nodes: Iterable[onnx.NodeProto]) -> set[str]:
@@ -81,7 +81,7 @@ def around_recurrences(nodes: Sequence[onnx.NodeProto], scope: Scope, gates: Set
     sums: dict[str, onnx.NodeProto] = {}
 
     def note(node: onnx.NodeProto) -> None:
-        if node.op_type == "Mul" and gates.isdisjoint(node.input):
+        if node.op_type == "Mul" and gates.isdisjoint(node.input) and not _scales(node, scope):
             found.products.add(node.output[0])
         elif node.op_type == "Add":
             sums[node.output[0]] = node
@@ -124,6 +124,12 @@ def around_recurrences(nodes: Sequence[onnx.NodeProto], scope: Scope, gates: Set
     return found
 
 
+def _scales(node: onnx.NodeProto, scope: Scope) -> bool:
+    """By a single constant, such as the 0.5 that averages two directions."""
+    operands = [value for name in node.input if (value := scope.peek(name)) is not None]
+    return any(value.origin is Origin.STRUCTURE and value.size == 1 for value in operands)
+
+
 def _captured(node: onnx.NodeProto) -> list[str]:
     """Names that the bodies of a node read; those of their own values among them do no harm."""
     return [name for body in bodies(node) for child in body.node for name in (*child.input, *_captured(child))]
@@ -132,5 +138,5 @@ def _captured(node: onnx.NodeProto) -> list[str]:
 def _is_weight(name: str, makers: dict[str, onnx.NodeProto], scope: Scope) -> bool:
     while (maker := makers.get(name)) is not None and maker.op_type in SEEN_THROUGH:
         name = maker.input[0]
-    value = scope.find(name)
+    value = scope.peek(name)
     return value is not None and bool(value.weight)

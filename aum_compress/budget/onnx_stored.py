@@ -5,10 +5,31 @@ from collections.abc import Iterable, Mapping
 
 import onnx
 
-from aum_compress.budget.onnx_contrib import SCALES
 from aum_compress.budget.onnx_file import all_graphs, bits, stored_bytes, stored_constants
 from aum_compress.budget.onnx_values import layer_name
 from aum_compress.budget.records import Stored, wide_values
+
+SCALES = {
+    "QuantizeLinear": (1, 2),
+    "DequantizeLinear": (1, 2),
+    "QLinearConv": (1, 2, 4, 5, 6, 7),
+    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
+    "ConvInteger": (2, 3),
+    "MatMulInteger": (2, 3),
+    "QLinearAdd": (1, 2, 4, 5, 6, 7),
+    "QLinearMul": (1, 2, 4, 5, 6, 7),
+    "QGemm": (1, 2, 4, 5, 7, 8),
+    "QLinearSigmoid": (1, 2, 3, 4),
+    "QLinearLeakyRelu": (1, 2, 3, 4),
+    "QLinearSoftmax": (1, 2, 3, 4),
+    "QLinearGlobalAveragePool": (1, 2, 3, 4),
+    "QLinearAveragePool": (1, 2, 3, 4),
+    "MatMulNBits": (2, 3),
+    "DynamicQuantizeMatMul": (2, 3),
+    "MatMulIntegerToFloat": (2, 3, 4, 5),
+    "QAttention": (3, 4, 6, 7),
+}
+"""Operator, of the standard or not -> places of quantisation scales and zero points among its inputs."""
 
 
 def onnx_stored(model: onnx.ModelProto) -> tuple[dict[str, Stored], int]:

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 import onnx
-from onnx import defs, helper, numpy_helper, shape_inference
+from onnx import checker, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from aum_compress.budget.onnx_file import bits, bodies, constant_of
@@ -215,7 +215,7 @@ def _inferred(
         return _uninferred(node, inputs)
     try:
         return shape_inference.infer_node_outputs(schema, node, types, contents, opset_imports=imports)
-    except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
+    except (shape_inference.InferenceError, checker.ValidationError, ValueError, RuntimeError) as error:
         where = node.name or node.output[0]
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(f"{source}: {node.op_type} {where}: shapes do not fit together: {reason}") from None
@@ -289,14 +289,15 @@ class Scope:
 
     def _weight(self, node: onnx.NodeProto) -> str:
         for name in node.input:
-            value = self._peek(name)
+            value = self.peek(name)
             if value is not None and value.weight:
                 return value.weight
         inner = (self._weight(child) for body in bodies(node) for child in body.node)
         return next(filter(None, inner), "")
 
-    def _peek(self, name: str) -> Value | None:
-        return self.values.get(name) or (None if self.outer is None else self.outer._peek(name))
+    def peek(self, name: str) -> Value | None:
+        """The same, without reading it."""
+        return self.values.get(name) or (None if self.outer is None else self.outer.peek(name))
 
 
 def layer_name(weight: str) -> str:
