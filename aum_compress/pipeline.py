@@ -16,7 +16,8 @@ from aum_compress.publish import ShippedFile, export, gated_precision, publish, 
 from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.report.schema import REPORT_SCHEMA
 from aum_compress.report.write import report_files
-from aum_compress.stages import distill, find_teachers, prune, quantise, resolve, train_on_labels
+from aum_compress.stages import distill, prune, quantise, resolve, train_on_labels
+from aum_compress.teaching import check_teacher_files, find_teachers
 from aum_compress.train.distributed import FirstProcessFailed, join
 from aum_compress.workspace import Workspace
 
@@ -101,10 +102,11 @@ def _run(space: Workspace, wanted: Sequence[str]) -> Outcome | None:
 
 
 def _require_models(space: Workspace) -> None:
-    """A model that does not fit is said before hours of training, not after."""
+    """A model or a file of logits that does not fit is said before hours of training, not after."""
     for section in (space.recipe.reference, space.recipe.teacher, space.recipe.student):
         if section is not None:
             resolve(space, section)
+    check_teacher_files(space)
 
 
 def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:

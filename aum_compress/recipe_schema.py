@@ -4,6 +4,8 @@ Sections follow the order of the work; a section left out is a stage skipped. Ev
 resolved recipe which a bundle carries says all that was done.
 """
 
+import math
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,13 +17,11 @@ from aum_compress.errors import RecipeError
 from aum_compress.models.config import (
     AudioMambaConfig,
     Block,
-    BlockConfig,
     BlockType,
     ConvStem,
     CPMobileConfig,
     PatchStem,
     block_type_for_directions,
-    uniform_blocks,
 )
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 
@@ -59,11 +59,15 @@ class AugmentConfig(Section):
     device_response_p: Probability = 0.0
     """Chance that a clip is played through a random impulse response of `device_response_folder`."""
     device_response_folder: Path | None = None
+    device_response_exclude: tuple[str, ...] = ()
+    """Names of files of that folder that are left out: responses of devices that occur in the test part."""
 
     @model_validator(mode="after")
     def _responses_have_a_folder(self) -> "AugmentConfig":
         if self.device_response_p and self.device_response_folder is None:
             raise ValueError("device_response_p needs device_response_folder, a folder of impulse responses (wav)")
+        if self.device_response_exclude and not self.device_response_p:
+            raise ValueError("device_response_exclude has nothing to leave files out of: device_response_p is 0")
         return self
 
 
@@ -96,7 +100,19 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Keep only what enters each Mamba block and compute the rest again on the way back: less memory, more time."""
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    views: Positive = 1
+    """How many renderings of every training clip are kept in the feature cache; the first is the clip itself. With more
+    than one, roll and impulse responses are drawn for these, each step takes one, and teachers hear the very same."""
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> "TrainConfig":
+        if self.views > 1 and not (self.augment.time_roll_seconds or self.augment.device_response_p):
+            raise ValueError(
+                f"views: {self.views} were wanted, and all would be the same: set augment.time_roll_seconds or "
+                "augment.device_response_p above 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _averages_whole_weights(self) -> "TrainConfig":
@@ -120,9 +136,9 @@ class ModelSection(Section):
     d_state: Positive | None = None
     dt_rank: Positive | None = None
     block_type: BlockType | None = None
-    block: Block | None = None
-    """One block in full, repeated `depth` times, in place of d_inner, d_state, dt_rank and block_type: the only way to
-    name another mixer than mamba."""
+    blocks: Annotated[tuple[Block, ...], Field(min_length=1)] | None = None
+    """Blocks in full, taken in turn until there are `depth` of them (each once where depth is left out), in place of
+    d_inner, d_state, dt_rank and block_type: the only way to name another mixer than mamba, or blocks that differ."""
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
     pool: Literal["class_token", "mean"] | None = None
     position: Literal["absolute", "rope", "none"] | None = None
@@ -145,8 +161,8 @@ class ModelSection(Section):
     def _blocks_are_named_once(self) -> "ModelSection":
         keys = ("d_inner", "d_state", "dt_rank", "block_type", "checkpoint")
         both = [key for key in keys if getattr(self, key, None) is not None]
-        if self.block is not None and both:
-            raise ValueError(f"block: says all about the blocks; leave out {', '.join(both)}")
+        if self.blocks is not None and both:
+            raise ValueError(f"blocks: say all about the blocks; leave out {', '.join(both)}")
         return self
 
     def resolve(self, n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig | CPMobileConfig:
@@ -160,20 +176,9 @@ class ModelSection(Section):
                 return CPMobileConfig(n_mels=n_mels, n_frames=n_frames, n_classes=n_classes)
             # the preset's own stem may not fit these features, and another one be given
             base = PRESETS[self.preset](PRESET_MELS, PRESET_FRAMES, n_classes)
-            first: BlockConfig = base.blocks[0]
-            d_model, depth = self.d_model or base.d_model, self.depth or len(base.blocks)
-            blocks: tuple[Block, ...] = (
-                (self.block,) * depth
-                if self.block
-                else uniform_blocks(
-                    depth,
-                    d_model,
-                    expand=(self.d_inner / d_model) if self.d_inner else first.d_inner / base.d_model,
-                    d_state=self.d_state or first.d_state,
-                    dt_rank=self.dt_rank,
-                    block_type=self.block_type or first.block_type,
-                )
-            )
+            d_model = self.d_model or base.d_model
+            named = self.blocks or tuple(self._changed(block, base.d_model, d_model) for block in base.blocks)
+            blocks = tuple(islice(cycle(named), self.depth or len(named)))
             changes = {"n_mels": n_mels, "n_frames": n_frames, "d_model": d_model, "blocks": blocks}
             for key in ("stem", "pool", "position", "head"):
                 if (value := getattr(self, key)) is not None:
@@ -181,6 +186,18 @@ class ModelSection(Section):
             return AudioMambaConfig.model_validate(dict(base) | changes)
         except ValidationError as error:
             raise RecipeError(f"preset {self.preset}: {'; '.join(e['msg'] for e in error.errors())}") from None
+
+    def _changed(self, block: Block, old_d_model: int, d_model: int) -> Block:
+        """A block of the preset with the section's widths; those left out keep their proportion to d_model."""
+        keys = ("d_inner", "d_state", "dt_rank", "block_type")
+        changes = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        if foreign := changes.keys() - type(block).model_fields:
+            raise RecipeError(f"preset {self.preset}: its {block.mixer} blocks have no {', '.join(sorted(foreign))}")
+        if d_model != old_d_model:
+            changes.setdefault("d_inner", round(block.d_inner * d_model / old_d_model))
+            if block.mixer == "mamba":
+                changes.setdefault("dt_rank", math.ceil(d_model / 16))
+        return type(block).model_validate(dict(block) | changes)
 
 
 class TrainedModelSection(ModelSection):
@@ -201,17 +218,22 @@ class StudentSection(ModelSection):
 class DistillSection(Section):
     """loss = lambda * CE(labels) + (1 - lambda) * T^2 * KL(teacher || student), both softened by T.
 
-    Teacher logits are computed once, on clips without augmentation, and kept by clip and checksum; several teachers'
-    logits are averaged.
+    Teacher logits are computed once, for the clips as they are and for their other views (`train.views`), and kept by
+    clip, checksum and view; several teachers' logits are averaged.
     """
 
     teachers: Annotated[tuple[str, ...], Field(min_length=1)] = ("teacher",)
-    """`teacher` and `reference` are this recipe's stages; anything else is the path of a bundle."""
+    """`teacher` and `reference` are this recipe's stages; anything else is the path of a bundle, or of a file of logits
+    (`.npz`, docs/distillation.md)."""
     label_weight: Annotated[float, Field(alias="lambda", ge=0, le=1)] = 0.17
     """Written `lambda` in the recipe. 0.17 with `batchmean` weighs as CP-JKU's 0.02 with `mean` over 10 classes."""
     temperature: PositiveFloat = 2.0
     kl_reduction: Literal["batchmean", "mean"] = "batchmean"
     """`batchmean` sums over classes; `mean` also divides by their number, as CP-JKU's code does."""
+    feature_weight: NonNegative = 0.0
+    """Of a further term, 1 - cosine(projected student embedding, teachers' embeddings); falls linearly to 0."""
+    feature_anneal: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the epochs after which that weight is 0."""
     train: TrainConfig
 
 

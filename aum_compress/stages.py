@@ -9,21 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aum_compress.bundle import Bundle, file_sha256, read_bundle
+from aum_compress.bundle import Bundle, file_sha256
 from aum_compress.compress.prune import PruneResult, prune_d_inner
 from aum_compress.compress.quantize import quantize, signal_to_noise_db
 from aum_compress.console import log, progress
-from aum_compress.data.cache import CachedClips, CachedParts, cache_index
-from aum_compress.errors import BundleError
 from aum_compress.models.checkpoints import load_published, read_published, state_for
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model
 from aum_compress.recipe_schema import ModelSection, TrainConfig
-from aum_compress.train.distributed import ALONE, Ranks
+from aum_compress.teaching import Teacher, teacher_targets
+from aum_compress.train.distributed import Ranks
 from aum_compress.train.fit import FitResult, fit
 from aum_compress.train.losses import distillation_loss, label_loss, soften
 from aum_compress.train.predict import predict_logits
-from aum_compress.train.teachers import average_logits, load_logits, save_logits
 from aum_compress.workspace import Made, Workspace
 
 IMPORTANCE_BATCHES = 8
@@ -45,21 +43,24 @@ def train_on_labels(space: Workspace, name: str) -> Bundle:
         made = _made(model, result)
         return Made(made.model, made.metrics, made.notes | notes)
 
-    reads = {"section": section.model_dump(mode="json", exclude={"checkpoint"})}
+    reads = {
+        "section": section.model_dump(mode="json", exclude={"checkpoint"}),
+        "responses": space.responses_sha256(section.train),
+    }
     if checkpoint:
         reads["checkpoint"] = file_sha256(checkpoint.expanduser())
     return space.stage(name, None, reads, make, space.workers(section.train))
 
 
-def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> Bundle:
-    """Stage `distill`: the student (fresh, or `start`) trained on labels and the teachers' averaged logits."""
+def distill(space: Workspace, start: Bundle | None, teachers: list[Teacher]) -> Bundle:
+    """Stage `distill`: the student (fresh, or `start`) trained on labels and on what the teachers say."""
     section, student = space.recipe.distill, space.recipe.student
     workers = space.workers(section.train)
 
     def make(work_dir: Path) -> Made:
-        logits = teacher_logits(space, teachers, workers)
+        outputs = teacher_targets(space, teachers, section.train, workers, embeddings=section.feature_weight > 0)
         model = start.load_model() if start else _fresh(space, student)
-        result = _fit(space, model, section.train, work_dir, "distill", logits)
+        result = _fit(space, model, section.train, work_dir, "distill", *outputs)
         return _made(model, result)
 
     architecture = student.model_dump(mode="json", exclude={"train"})
@@ -67,18 +68,19 @@ def distill(space: Workspace, start: Bundle | None, teachers: list[Bundle]) -> B
         "section": section.model_dump(mode="json"),
         "student": architecture,
         "teachers": [t.sha256 for t in teachers],
+        "responses": space.responses_sha256(section.train),
     }
     return space.stage("distill", start, reads, make, workers)
 
 
-def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
-    """Stage `prune`: channels removed in equal steps, the model fine-tuned after each."""
+def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
+    """Stage `prune`: channels removed in equal steps, the model fine-tuned after each, without the feature term."""
     section = space.recipe.prune
     workers = space.workers(section.finetune)
     step_ratio = 1 - (1 - section.ratio) ** (1 / section.steps)
 
     def make(work_dir: Path) -> Made:
-        logits = teacher_logits(space, teachers, workers) if teachers else None
+        logits = teacher_targets(space, teachers, section.finetune, workers)[0] if teachers else None
         model = parent.load_model()
         widths: list[PruneResult] = []
         result: FitResult | None = None
@@ -103,6 +105,7 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Bundle]) -> Bundle:
         "section": section.model_dump(mode="json"),
         "distill": distillation,
         "teachers": [t.sha256 for t in teachers],
+        "responses": space.responses_sha256(section.finetune),
     }
     return space.stage("prune", parent, reads, make, workers)
 
@@ -132,61 +135,6 @@ def quantise(space: Workspace, parent: Bundle) -> Bundle:
     return space.stage("quantize", parent, {"section": section.model_dump(mode="json")}, make)
 
 
-def teacher_logits(space: Workspace, teachers: list[Bundle], workers: Ranks = ALONE) -> Tensor:
-    """(n,C) averaged logits for the training clips, computed once for each teacher and kept by clip and checksum.
-
-    Args:
-        workers: the processes that call this; they share the computing, the first one keeps the file.
-    """
-    paths = []
-    for teacher in teachers:
-        if teacher.card.labels != space.labels:
-            raise BundleError(
-                f"{teacher.path}: is a teacher for labels {list(teacher.card.labels)}, wanted {list(space.labels)}"
-            )
-        path = (
-            space.runs / "teacher-logits" / f"{teacher.card.stage}-{teacher.sha256[:12]}-{space.data_sha256[:12]}.npz"
-        )
-        paths.append(path)
-        if not workers.agree(path.is_file()):
-            model, heard = teacher.load_model(), _parts_for(space, teacher).train
-            with progress(f"distill: logits of {teacher.card.stage}") as reporter:
-                logits = predict_logits(model, heard, teacher.card.input, reporter.advance, workers)
-            workers.first(partial(_save_logits, path, heard, logits, space.labels))
-    logits = torch.empty(len(space.parts.train), len(space.labels))
-    workers.first(lambda: logits.copy_(torch.from_numpy(_average(paths, space.parts.train, space.labels))))
-    workers.from_first([logits])
-    return logits
-
-
-def _save_logits(path: Path, heard: CachedClips, logits: np.ndarray, labels: tuple[str, ...]) -> None:
-    save_logits(path, [clip.clip_id for clip in heard.clips], heard.checksums, logits, labels)
-
-
-def _average(paths: list[Path], train: CachedClips, labels: tuple[str, ...]) -> np.ndarray:
-    ids = [clip.clip_id for clip in train.clips]
-    return average_logits([load_logits(path, ids, train.checksums, labels) for path in paths])
-
-
-def find_teachers(space: Workspace, stages: dict[str, Bundle]) -> list[Bundle]:
-    """The bundles that `distill.teachers` names: stages of this run, or paths."""
-    section = space.recipe.distill
-    if section is None:
-        return []
-    return [stages[name] if name in stages else read_bundle(Path(name).expanduser()) for name in section.teachers]
-
-
-def _parts_for(space: Workspace, teacher: Bundle) -> CachedParts:
-    """The clips as the teacher's own front-end hears them."""
-    if teacher.card.input.front_end == space.recipe.features:
-        return space.parts
-    if teacher.card.input.clip_seconds != space.spec.clip_seconds:
-        raise BundleError(
-            f"{teacher.path}: hears clips of {teacher.card.input.clip_seconds} s, wanted {space.spec.clip_seconds} s"
-        )
-    return cache_index(space.parts.index, teacher.card.input.front_end)
-
-
 def resolve(space: Workspace, section: ModelSection) -> AudioMambaConfig | CPMobileConfig:
     """The section's model for the data at hand; a checkpoint that it names has been read and fits.
 
@@ -211,7 +159,13 @@ def _fresh(space: Workspace, section: ModelSection) -> Model:
 
 
 def _fit(
-    space: Workspace, model: Model, config: TrainConfig, work_dir: Path, title: str, logits: Tensor | None = None
+    space: Workspace,
+    model: Model,
+    config: TrainConfig,
+    work_dir: Path,
+    title: str,
+    logits: Tensor | None = None,
+    embeddings: Tensor | None = None,
 ) -> FitResult:
     return fit(
         model,
@@ -224,6 +178,7 @@ def _fit(
         log_dir=space.runs / "logs" / title.partition(":")[0],
         description=title,
         teacher_logits=logits,
+        teacher_embeddings=embeddings,
         distill=space.recipe.distill,
         ranks=space.workers(config),
     )
@@ -253,7 +208,7 @@ def _backward(space: Workspace, logits: Tensor | None, workers: Ranks, model: nn
             loss = distillation_loss(
                 model(x),
                 targets,
-                soften(logits[chosen], section.temperature),
+                soften(logits[0, chosen], section.temperature),
                 label_weight=section.label_weight,
                 temperature=section.temperature,
                 kl_reduction=section.kl_reduction,

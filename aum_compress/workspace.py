@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from aum_compress import __version__
-from aum_compress.audio.config import InputSpec
+from aum_compress.audio.augment import responses_sha256
+from aum_compress.audio.config import FrontEnd, InputSpec
 from aum_compress.budget.check import check_model
 from aum_compress.budget.records import BudgetReport, Limits
 from aum_compress.bundle import (
@@ -30,9 +31,10 @@ from aum_compress.bundle import (
 )
 from aum_compress.compress.quantize import quantized_layer_names
 from aum_compress.console import log, progress
-from aum_compress.data.cache import CachedParts, cache_index, feature_statistics
+from aum_compress.data.cache import CachedClips, CachedParts, cache_index, feature_statistics
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.data.index import load_index
+from aum_compress.data.views import Rendering, ViewedClips, render_views
 from aum_compress.errors import BundleError, DataError
 from aum_compress.models.factory import Model
 from aum_compress.models.quantized import stored_tensors
@@ -140,9 +142,47 @@ class Workspace:
 
     def data_module(self, config: TrainConfig) -> ClipsDataModule:
         """This process' share of the batches."""
-        parts = self.waveforms if config.augment.device_response_p else self.parts
         ranks = self.workers(config)
-        return ClipsDataModule(parts, config.batch_size, self.recipe.seed, rank=ranks.rank, world_size=ranks.size)
+        parts, views = self.parts, None
+        if config.views > 1:
+            views = self.training_clips(config, self.recipe.features)
+        elif config.augment.device_response_p:
+            parts = self.waveforms
+        return ClipsDataModule(
+            parts, config.batch_size, self.recipe.seed, views=views, rank=ranks.rank, world_size=ranks.size
+        )
+
+    def rendering(self, config: TrainConfig) -> Rendering:
+        """How the views of this training are made."""
+        augment = config.augment
+        return Rendering(
+            count=config.views,
+            seed=self.recipe.seed,
+            time_roll_seconds=augment.time_roll_seconds,
+            device_response_p=augment.device_response_p,
+            device_response_folder=augment.device_response_folder,
+            device_response_exclude=augment.device_response_exclude,
+        )
+
+    def training_clips(self, config: TrainConfig, front_end: FrontEnd) -> CachedClips | ViewedClips:
+        """Features of the training clips, in all views where `config` has several; `front_end` may be a teacher's."""
+        own = front_end == self.recipe.features
+        clean = self.parts.train if own else cache_index(self.parts.index, front_end).train
+        if config.views == 1:
+            return clean
+
+        def waveforms() -> CachedClips:
+            return (self.waveforms if own else cache_index(self.parts.index, front_end, what="waveform")).train
+
+        with progress(f"data: {config.views} views of each training clip") as reporter:
+            return render_views(self.rendering(config), clean, waveforms, progress=reporter.advance)
+
+    def responses_sha256(self, config: TrainConfig) -> str | None:
+        """SHA-256 of the impulse responses that this training reads; None where it reads none."""
+        augment = config.augment
+        if not augment.device_response_p:
+            return None
+        return responses_sha256(augment.device_response_folder, augment.device_response_exclude)
 
     def normalised(self, part: str, count: int) -> np.ndarray:
         """(count,1,F,T) normalised features of clips evenly spread over a part (`train`, `validation`, `test`)."""

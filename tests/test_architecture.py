@@ -26,6 +26,7 @@ ORDER: tuple[set[str], ...] = (
     {"report"},
     {"recipe"},
     {"workspace"},
+    {"teaching"},
     {"stages", "publish", "evaluate", "verifying"},
     {"pipeline"},
     {"cli_options"},

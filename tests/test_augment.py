@@ -15,6 +15,7 @@ from aum_compress.audio.augment import (
     freq_mixstyle,
     frequency_mask,
     mixup,
+    responses_sha256,
     time_mask,
     time_roll,
 )
@@ -221,3 +222,18 @@ def test_device_responses_load_the_real_microphones(real_audio):
     noise = torch.randn(16, 32_000, generator=seeded())
     level = bank(noise, 1.0, seeded()).square().mean(dim=1)
     assert ((level > 0.7) & (level < 1.3)).all()
+
+
+def test_responses_of_test_devices_are_left_out(tmp_path):
+    folder = responses(tmp_path / "irs", a=np.float32([1, -1]), b=np.float32([1, 1]), c=np.float32([1]))
+    bank = DeviceResponses(folder, RATE, exclude=("b.wav",))
+    assert [path.name for path in bank.files] == ["a.wav", "c.wav"]
+    assert len(bank.responses) == 2
+    with pytest.raises(DataError, match=r"(?s)names 2 files that are not among its 3.*\n.*B.wav.*\n.*nought.wav"):
+        DeviceResponses(folder, RATE, exclude=("b.wav", "B.wav", "nought.wav"))
+    with pytest.raises(DataError, match="no impulse response is left by device_response_exclude"):
+        DeviceResponses(folder, RATE, exclude=("a.wav", "b.wav", "c.wav"))
+    assert responses_sha256(folder) != responses_sha256(folder, ("b.wav",))
+    before = responses_sha256(folder)
+    (folder / "a.wav").write_bytes((folder / "b.wav").read_bytes())
+    assert responses_sha256(folder) != before

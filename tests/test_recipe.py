@@ -98,6 +98,15 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
             ["student.train.weight_average=0.9", "student.train.strategy=fsdp"],
             "weight_average: needs all weights in each process, and strategy fsdp cuts them up; use ddp",
         ),
+        (
+            ["student.train.views=4", "student.train.augment.time_roll_seconds=0"],
+            "views: 4 were wanted, and all would be the same: set augment.time_roll_seconds or",
+        ),
+        (
+            ["student.train.augment.device_response_exclude=[a.wav]"],
+            "device_response_exclude has nothing to leave files out of: device_response_p is 0",
+        ),
+        (["distill={train: {epochs: 1}, feature_anneal: 0}"], "distill.feature_anneal: Input should be greater than 0"),
         (["student.train.scan_learning_rate=0"], "scan_learning_rate: Input should be greater than 0"),
         (["student.position=rope", "student.directions=3"], "student.directions: unknown key"),
         (["student"], "--set student: wanted section.key=value"),

@@ -4,6 +4,8 @@ Every function draws from the CPU generator that it is given and from nothing el
 and on a GPU. Nothing is changed in place.
 """
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,27 +74,54 @@ def blend(values: Tensor, permutation: Tensor, own_share: Tensor) -> Tensor:
     return torch.lerp(values[permutation], values, share)
 
 
+def response_files(folder: Path | str, exclude: Sequence[str] = ()) -> list[Path]:
+    """The audio files of a folder of impulse responses, sorted, without those whose names are in `exclude`.
+
+    Raises DataError when the folder is missing, lacks a file that `exclude` names, or has no other audio.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: a folder of impulse responses was wanted, there is no such folder")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
+    # a misspelt name would let a test device's response into training without a word
+    if missing := sorted(set(exclude) - {path.name for path in files}):
+        raise DataError(
+            join_problems(
+                f"{folder}: device_response_exclude names {len(missing)} files that are not among its {len(files)} "
+                "impulse responses; wanted names with suffix, without folder:",
+                missing,
+            )
+        )
+    if not (kept := [path for path in files if path.name not in exclude]):
+        wanted = ", ".join(sorted(AUDIO_SUFFIXES))
+        left = "is left by device_response_exclude" if files else "found"
+        raise DataError(f"{folder}: no impulse response {left}: put audio files in it ({wanted})")
+    return kept
+
+
+def responses_sha256(folder: Path | str, exclude: Sequence[str] = ()) -> str:
+    """Of the names and bytes of `response_files`."""
+    digest = hashlib.sha256()
+    for path in response_files(folder, exclude):
+        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 class DeviceResponses(nn.Module):
     """Impulse responses of recording devices, convolved with random clips of a batch (Morocutti et al. 2023).
 
-    Reads every wav, flac, ogg and mp3 file of `folder` and resamples it to `sample_rate_hz`. Unit energy keeps the
-    level of white noise; output is taken from the peak of the response on, so that nothing moves in time.
+    Reads the `response_files` of `folder` and resamples them to `sample_rate_hz`. Unit energy keeps the level of white
+    noise; output is taken from the peak of the response on, so that nothing moves in time.
 
-    Raises DataError when the folder is missing or has no audio, or naming all its files that are unreadable or silent.
+    Raises DataError as `response_files` does, or naming all files that are unreadable or silent.
     """
 
     responses: Tensor
     """(responses, taps) float32, all peaks at the same tap."""
 
-    def __init__(self, folder: Path | str, sample_rate_hz: int) -> None:
+    def __init__(self, folder: Path | str, sample_rate_hz: int, exclude: Sequence[str] = ()) -> None:
         super().__init__()
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise DataError(f"{folder}: a folder of impulse responses was wanted, there is no such folder")
-        self.files = sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
-        if not self.files:
-            wanted = ", ".join(sorted(AUDIO_SUFFIXES))
-            raise DataError(f"{folder}: no impulse response found: put audio files in it ({wanted})")
+        self.files = response_files(folder, exclude)
         loaded, problems = [], []
         for path in self.files:
             try:
@@ -100,7 +129,9 @@ class DeviceResponses(nn.Module):
             except DataError as error:
                 problems.append(str(error))
         if problems:
-            raise DataError(join_problems(f"{folder}: {len(problems)} impulse responses cannot be used:", problems))
+            raise DataError(
+                join_problems(f"{Path(folder)}: {len(problems)} impulse responses cannot be used:", problems)
+            )
         peaks = [int(np.abs(response).argmax()) for response in loaded]
         self.peak = max(peaks)
         taps = max(self.peak - peak + len(response) for peak, response in zip(peaks, loaded, strict=True))
@@ -111,19 +142,23 @@ class DeviceResponses(nn.Module):
 
     def forward(self, waveforms: Tensor, p: float, generator: Generator) -> Tensor:
         """Waveforms (B, S) to (B, S): each is heard, with probability `p`, through a response drawn for it alone."""
-        n_clips, n_samples = waveforms.shape
+        n_clips = len(waveforms)
         chosen = torch.rand(n_clips, generator=generator) < p
         if not chosen.any():
             return waveforms
         which = torch.randint(len(self.responses), (n_clips,), generator=generator)[chosen].to(waveforms.device)
         chosen = chosen.to(waveforms.device)
+        out = waveforms.clone()
+        out[chosen] = self.heard_through(which, waveforms[chosen]).to(out.dtype)
+        return out
+
+    def heard_through(self, which: Tensor, waveforms: Tensor) -> Tensor:
+        """Waveforms (B, S), each through the response that `which` (B,) numbers; float32."""
+        n_samples = waveforms.shape[1]
         # Room for the whole convolution, so that nothing wraps around, and no large prime for the FFT to stumble on.
         n_fft = -(-(n_samples + self.responses.shape[1] - 1) // 1024) * 1024
-        spectrum = torch.fft.rfft(waveforms[chosen].float(), n=n_fft) * torch.fft.rfft(self.responses[which], n=n_fft)
-        heard = torch.fft.irfft(spectrum, n=n_fft)[:, self.peak : self.peak + n_samples]
-        out = waveforms.clone()
-        out[chosen] = heard.to(out.dtype)
-        return out
+        spectrum = torch.fft.rfft(waveforms.float(), n=n_fft) * torch.fft.rfft(self.responses[which], n=n_fft)
+        return torch.fft.irfft(spectrum, n=n_fft)[:, self.peak : self.peak + n_samples]
 
 
 def _unit_energy(response: np.ndarray, path: Path) -> np.ndarray:

@@ -134,12 +134,12 @@ def cache_clips(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
-            record = _read_entry(entry)
+            record = read_entry(entry)
             if record is None:
                 _build(entry, ordered, front_end, clip_seconds, shortest_seconds, what, progress)
                 record = json.loads((entry / "index.json").read_bytes())["record"]
     except OSError as error:
-        raise _cannot_write(folder, error, _bytes_wanted(len(ordered), front_end, clip_seconds, what)) from error
+        raise cannot_write(folder, error, _bytes_wanted(len(ordered), front_end, clip_seconds, what)) from error
 
     bad = [BadFile(**file) for file in record["bad_files"]]
     stop_or_skip(bad, len({clip.filename for clip in ordered}), on_bad_files)
@@ -210,7 +210,7 @@ def _key(clips: Sequence[Clip], front_end: FrontEnd, clip_seconds: float, shorte
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
 
-def _read_entry(entry: Path) -> dict | None:
+def read_entry(entry: Path) -> dict | None:
     """The record of a whole entry; None when there is none, or when one of its files was cut or altered."""
     if not entry.exists():
         return None
@@ -270,25 +270,30 @@ def _build(
             file.truncate(start + wanted)
         checksums = {clip_id: checksum for file in good for clip_id, checksum in file.checksums.items()}
         names = {file.filename for file in good}
-        with (partial / "clips.npy").open("rb") as file:
-            clips_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         record = {
-            "clips_sha256": clips_sha256,
             "checksums": checksums,
             "bad_files": [asdict(file) for file in bad],
             "silent_windows": sum(clip.filename in names for clip in clips) - len(checksums),
         }
-        text = json.dumps({"sha256": _digest(record), "record": record})
-        (partial / "index.json").write_text(text, encoding="utf-8")
-        if entry.exists():
-            shutil.rmtree(entry)
-        partial.rename(entry)
+        seal_entry(partial, entry, record)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _cannot_write(folder: Path, error: OSError, wanted: int) -> DataError:
+def seal_entry(partial: Path, entry: Path, record: dict) -> None:
+    """Writes `record` beside `partial`'s clips.npy, with what tells a change of either, and moves all to `entry`."""
+    with (partial / "clips.npy").open("rb") as file:
+        record = record | {"clips_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    text = json.dumps({"sha256": _digest(record), "record": record})
+    (partial / "index.json").write_text(text, encoding="utf-8")
+    if entry.exists():
+        shutil.rmtree(entry)
+    partial.rename(entry)
+
+
+def cannot_write(folder: Path, error: OSError, wanted: int) -> DataError:
+    """What to say when the cache has no room for `wanted` bytes, or may not be written."""
     return DataError(
         f"{folder}: cannot keep {wanted:,} bytes of features there: {error.strerror or error}. Make room, "
         f"or name another folder with the environment variable AUM_CACHE"

@@ -10,15 +10,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from aum_compress.data.cache import CachedClips, CachedParts
+from aum_compress.data.views import ViewedClips
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Features (B,1,F,T) or waveforms (B,S) float32; class numbers (B,) int64; positions in the part (B,) int64."""
+"""Features (B,1,F,T) or waveforms (B,S) float32; class numbers (B,) int64; positions in the part (B,) int64, of view v
+of clip k of n `v * n + k`."""
 
 
 class CachedDataset(Dataset[Batch]):
     """One part of a data set. A whole batch is one read from the memory map."""
 
-    def __init__(self, cached: CachedClips, labels: Sequence[str]) -> None:
+    def __init__(self, cached: CachedClips | ViewedClips, labels: Sequence[str]) -> None:
         self.cached = cached
         number = {label: k for k, label in enumerate(labels)}
         self.targets = torch.tensor([number[clip.label] for clip in cached.clips], dtype=torch.int64)
@@ -34,7 +36,11 @@ class CachedDataset(Dataset[Batch]):
         """The batch of the clips at `indices`; what the data loader calls."""
         positions = torch.tensor(indices, dtype=torch.int64)
         x = torch.from_numpy(self.cached[positions.numpy()])
-        return (x.unsqueeze(1) if self.cached.what == "logmel" else x), self.targets[positions], positions
+        return (
+            (x.unsqueeze(1) if self.cached.what == "logmel" else x),
+            self.targets[positions % len(self.targets)],
+            positions,
+        )
 
 
 class EpochShuffle(Sampler[int]):
@@ -44,11 +50,14 @@ class EpochShuffle(Sampler[int]):
     batch k of one process with `world_size` times the batch size. All take equally many, as each step needs them all:
     where the clips do not divide evenly, the order's first ones fill it up.
 
+    Of each clip's views one is drawn, all equally likely, by seed, epoch and clip.
+
     Lightning calls `set_epoch` before each training epoch.
     """
 
-    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, views: int = 1) -> None:
         self.n = n
+        self.views = views
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -64,6 +73,8 @@ class EpochShuffle(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         # of the pair, not the sum: epoch 1 of seed 0 is not epoch 0 of seed 1
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        view = np.random.default_rng([self.seed, self.epoch, 1]).integers(self.views, size=self.n)
+        order += self.n * view[order]
         yield from np.resize(order, len(self) * self.world_size)[self.rank :: self.world_size].tolist()
 
 
@@ -71,7 +82,7 @@ class ClipsDataModule(L.LightningDataModule):
     """Training, validation and test batches of a cached data set, or the share of them of one process among several.
 
     Every clip comes once an epoch: training clips in an order of the epoch's own, the others as they stand. The third
-    tensor of a training batch finds teacher logits and checksums: it counts into `parts.train.clips`.
+    tensor of a training batch finds teacher logits and checksums: it counts into `parts.train.clips`, or into `views`.
     """
 
     def __init__(
@@ -80,12 +91,14 @@ class ClipsDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int,
         *,
+        views: ViewedClips | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Args: batch_size of each process."""
+        """Args: batch_size of each process. views: of the training clips, of which one is taken each time."""
         super().__init__()
         self.parts = parts
+        self.views = views
         self.labels = parts.index.labels
         self.batch_size = batch_size
         self.seed = seed
@@ -104,7 +117,7 @@ class ClipsDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled anew each epoch."""
-        return self._loader(self.parts.train, self._train_order())
+        return self._loader(self.parts.train if self.views is None else self.views, self._train_order())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation clips in order: no clip twice, so that the processes' shares may differ by one."""
@@ -115,12 +128,13 @@ class ClipsDataModule(L.LightningDataModule):
         return self._loader(self.parts.test, self._as_they_stand(self.parts.test))
 
     def _train_order(self) -> EpochShuffle:
-        return EpochShuffle(self.train_clips, self.seed, self.rank, self.world_size)
+        views = 1 if self.views is None else len(self.views.names)
+        return EpochShuffle(self.train_clips, self.seed, self.rank, self.world_size, views)
 
     def _as_they_stand(self, cached: CachedClips) -> range:
         return range(self.rank, len(cached), self.world_size)
 
-    def _loader(self, cached: CachedClips, sampler: EpochShuffle | range) -> DataLoader:
+    def _loader(self, cached: CachedClips | ViewedClips, sampler: EpochShuffle | range) -> DataLoader:
         return DataLoader(
             CachedDataset(cached, self.labels),
             batch_size=self.batch_size,

@@ -48,6 +48,7 @@ def fit(
     log_dir: Path,
     description: str,
     teacher_logits: Tensor | None = None,
+    teacher_embeddings: Tensor | None = None,
     distill: DistillSection | None = None,
     ranks: Ranks = ALONE,
 ) -> FitResult:
@@ -58,7 +59,9 @@ def fit(
         work_dir: checkpoints of this very run (the caller derives its name from all that decides the result); a run
             that finds its own checkpoint there goes on behind it.
         log_dir: where the logger named in `config` writes.
-        teacher_logits: (n,C) for the training clips, in the data module's order; needs `distill`.
+        teacher_logits: (n,C) for the training clips, in the data module's order, or (K,n,C) for their views; needs
+            `distill`.
+        teacher_embeddings: (n,E) or (K,n,E), for the feature term.
         ranks: processes that all call this, and all get the same weights and figures. A step averages their gradients:
             it is the step of one process with `ranks.size` times the batch. Batch normalisation sees the whole batch on
             GPUs; on CPUs each process' own, as torch has no other there.
@@ -72,10 +75,10 @@ def fit(
     # its hints on hardware, workers and services are no concern of a recipe's user
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
-    folder = config.augment.device_response_folder
-    responses = None
-    if folder is not None and config.augment.device_response_p:
-        responses = DeviceResponses(folder, spec.front_end.sample_rate_hz)
+    augment, responses = config.augment, None
+    if augment.device_response_p and config.views == 1:
+        rate = spec.front_end.sample_rate_hz
+        responses = DeviceResponses(augment.device_response_folder, rate, augment.device_response_exclude)
     batches = data.train_batches
     module = TrainingModule(
         # a copy: synchronised batch normalisation replaces modules, and training wants another memory format
@@ -87,6 +90,7 @@ def fit(
         seed=seed,
         responses=responses,
         teacher_logits=teacher_logits,
+        teacher_embeddings=teacher_embeddings,
         distill=distill,
     )
     history = _History(ranks)

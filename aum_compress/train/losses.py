@@ -14,6 +14,11 @@ def soften(logits: Tensor, temperature: float) -> Tensor:
     return F.softmax(logits / temperature, dim=-1)
 
 
+def feature_loss(projected: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine, mean over the batch: 0 where both point the same way. Args: (B,E) each."""
+    return 1 - F.cosine_similarity(projected, teacher, dim=-1).mean()
+
+
 def distillation_loss(
     logits: Tensor,
     targets: Tensor,

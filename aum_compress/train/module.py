@@ -16,7 +16,8 @@ from aum_compress.audio.frontend import front_end_module
 from aum_compress.models.audio_mamba import AudioMamba
 from aum_compress.recipe_schema import DistillSection, TrainConfig
 from aum_compress.train.averaging import average_into, decay_at
-from aum_compress.train.losses import distillation_loss, label_loss, soften
+from aum_compress.train.embedding import HeadInput, embedding_width
+from aum_compress.train.losses import distillation_loss, feature_loss, label_loss, soften
 
 SCAN_PARAMETERS = re.compile(r"\b(A(_b)?_log|D(_b)?|dt_bias|dt_proj(_b)?\.bias)$")
 """What the selective scan of either mixer learns besides the projections that make its inputs."""
@@ -40,9 +41,14 @@ class TrainingModule(L.LightningModule):
         seed: int,
         responses: augment.DeviceResponses | None = None,
         teacher_logits: Tensor | None = None,
+        teacher_embeddings: Tensor | None = None,
         distill: DistillSection | None = None,
     ) -> None:
-        """Args: teacher_logits (n,C), row `index` of each batch; responses: for waveforms only."""
+        """Args:
+        teacher_logits, teacher_embeddings: (n,C) and (n,E), or (K,n,C) and (K,n,E) of K views; a batch's `index` counts
+            through all of them.
+        responses: for waveforms only.
+        """
         super().__init__()
         # a step on the CPU is 5 to 27 % shorter with channels last
         self.model = model.to(memory_format=torch.channels_last)
@@ -59,7 +65,11 @@ class TrainingModule(L.LightningModule):
         self.distill = distill
         self.front_end = front_end_module(spec.front_end)
         # not a buffer: the checkpoint must not carry it
-        self.teacher_logits = teacher_logits
+        self.teacher_logits = None if teacher_logits is None else teacher_logits.flatten(0, -2)
+        self.teacher_embeddings = None if teacher_embeddings is None else teacher_embeddings.flatten(0, -2)
+        if teacher_embeddings is not None:
+            self.projector = nn.Linear(embedding_width(self.model), teacher_embeddings.shape[-1])
+            self.head_input = HeadInput(self.model)
         # by itself it would wait for all processes that are there, also in a training that the first one does alone
         self.validation_accuracy = MulticlassAccuracy(
             n_classes, average="macro", distributed_available_fn=lambda: self.trainer.world_size > 1
@@ -71,13 +81,16 @@ class TrainingModule(L.LightningModule):
         generator = torch.Generator().manual_seed(place % 2**63)
         torch.manual_seed(place % 2**63)  # dropout
         features = self._augmented(x, generator)
-        teacher = None if self.teacher_logits is None else self.teacher_logits[index.cpu()].to(features.device)
-        teacher = None if teacher is None else soften(teacher, self.distill.temperature)
+        teacher = embedding = None
+        if self.teacher_logits is not None:
+            teacher = soften(self.teacher_logits[index.cpu()].to(features.device), self.distill.temperature)
+        if self.teacher_embeddings is not None:
+            embedding = self.teacher_embeddings[index.cpu()].to(features.device)
         targets = y
         if self.config.augment.mixup_alpha:
             features, order, share = augment.mixup(features, self.config.augment.mixup_alpha, generator)
             targets = augment.blend(F.one_hot(y, self.n_classes).float(), order, share)
-            teacher = None if teacher is None else augment.blend(teacher, order, share)
+            teacher, embedding = (None if t is None else augment.blend(t, order, share) for t in (teacher, embedding))
         logits = self.model(features).float()
         if teacher is None:
             loss = label_loss(logits, targets, self.config.label_smoothing)
@@ -90,8 +103,16 @@ class TrainingModule(L.LightningModule):
                 temperature=self.distill.temperature,
                 kl_reduction=self.distill.kl_reduction,
             )
+        if embedding is not None:
+            projected = self.projector(self.head_input.value).float()
+            loss = loss + self.feature_weight() * feature_loss(projected, embedding)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(y), sync_dist=True)
         return loss
+
+    def feature_weight(self) -> float:
+        """Of the feature term in this epoch: from `distill.feature_weight` in the first one linearly down to 0."""
+        annealed = self.current_epoch / (self.distill.feature_anneal * self.config.epochs)
+        return self.distill.feature_weight * max(0.0, 1 - annealed)
 
     def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Normalised, augmented features (B,1,F,T)."""
@@ -104,7 +125,8 @@ class TrainingModule(L.LightningModule):
             x = self.front_end(x)
         else:
             frames = round(config.time_roll_seconds * front_end.sample_rate_hz / front_end.hop_samples)
-            x = augment.time_roll(x, frames, generator)
+            # views have been rolled, and teachers heard them as they are
+            x = augment.time_roll(x, frames, generator) if self.config.views == 1 else x
         x = (x - self.spec.mean) / self.spec.std
         if config.mixstyle_p:
             x = augment.freq_mixstyle(x, config.mixstyle_p, config.mixstyle_alpha, generator)
@@ -142,6 +164,8 @@ class TrainingModule(L.LightningModule):
     def configure_optimizers(self):
         rate = self.config.learning_rate
         groups = parameter_groups(self.model, self.config.weight_decay, rate * self.config.scan_learning_rate)
+        if self.teacher_embeddings is not None:
+            groups.append({"params": list(self.projector.parameters()), "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=rate)
         steps = self.steps_per_epoch
         warmup, total = self.config.warmup_epochs * steps, self.config.epochs * steps
