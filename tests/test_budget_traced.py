@@ -3,84 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aum_compress.budget.analytic import analytic_macs
-from aum_compress.budget.records import agree
 from aum_compress.budget.traced import traced_operations
 from aum_compress.errors import AumError
-from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem, CPMobileConfig, PatchStem
-from aum_compress.models.factory import build_model, fold_batch_norm
-from aum_compress.models.quantized import quantizable_layers, swap_in_quantized
 from aum_compress.models.scan import selective_scan
-
-SIZES = st.integers(1, 12)
-BLOCKS = st.builds(
-    BlockConfig,
-    d_inner=SIZES,
-    d_state=SIZES,
-    dt_rank=st.integers(1, 4),
-    d_conv=st.integers(1, 5),
-    block_type=st.sampled_from(["none", "v1", "v2"]),
-)
-STRIDES = st.integers(1, 3)
-PLAIN_STAGES = st.builds(ConvStage, channels=SIZES, stride_mels=STRIDES, stride_frames=STRIDES, expansion=st.just(0.0))
-STAGES = st.builds(
-    ConvStage,
-    channels=SIZES,
-    stride_mels=STRIDES,
-    stride_frames=STRIDES,
-    expansion=st.sampled_from([0.0, 1.0, 1.7, 3.0]),
-)
-CONV_STEMS = st.builds(
-    lambda first, rest, token, folded: ConvStem(stages=(first, *rest), token=token, folded=folded),
-    PLAIN_STAGES,
-    st.lists(STAGES, max_size=3),
-    st.sampled_from(["frame", "cell"]),
-    st.booleans(),
-)
-PATCH_STEMS = st.builds(
-    PatchStem,
-    patch_mels=st.integers(2, 8),
-    patch_frames=st.integers(2, 8),
-    stride_mels=st.integers(2, 8),
-    stride_frames=st.integers(2, 8),
-)
-AUDIO_MAMBAS = st.builds(
-    AudioMambaConfig,
-    n_mels=st.integers(8, 20),
-    n_frames=st.integers(8, 20),
-    n_classes=st.integers(2, 6),
-    d_model=st.integers(1, 3).map(lambda quarter: 4 * quarter),
-    blocks=st.lists(BLOCKS, min_size=1, max_size=2).map(tuple),
-    stem=CONV_STEMS | PATCH_STEMS,
-    pool=st.sampled_from(["class_token", "mean"]),
-    position=st.sampled_from(["absolute", "rope", "none"]),
-    head=st.sampled_from(["linear", "mlp"]),
-)
-CP_MOBILES = st.builds(
-    CPMobileConfig,
-    n_mels=st.integers(8, 70),
-    n_frames=st.integers(8, 70),
-    n_classes=st.integers(2, 12),
-    base_channels=st.sampled_from([8, 16, 32, 37]),
-    channels_multiplier=st.sampled_from([1.0, 1.5, 1.8]),
-    expansion_rate=st.sampled_from([1.0, 2.1, 3.0]),
-    folded=st.booleans(),
-)
-
-
-@settings(max_examples=30, deadline=None)
-@given(config=AUDIO_MAMBAS | CP_MOBILES, int8=st.booleans())
-def test_configuration_and_traced_graph_agree_in_every_layer(config, int8):
-    model = build_model(config)
-    if int8:
-        model = fold_batch_norm(model)
-        swap_in_quantized(model, list(quantizable_layers(model)))
-    traced = traced_operations(model, torch.zeros(1, 1, config.n_mels, config.n_frames))
-    agree({"configuration": analytic_macs(config), "traced graph": {n: own.macs for n, own in traced.items()}})
 
 
 class Function(nn.Module):

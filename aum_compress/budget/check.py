@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -11,11 +12,12 @@ from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.dcase import dcase_bytes, dcase_macs, dcase_notes
+from aum_compress.budget.onnx_bytes import bundle_sizes
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree
 from aum_compress.budget.stored import model_state, stored_by_module
 from aum_compress.budget.torch_trace import Example
 from aum_compress.budget.traced import traced_costs
-from aum_compress.bundle import Bundle
+from aum_compress.bundle import CARD, TENSORS, Bundle, file_sha256
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, build_model
 from aum_compress.models.mamba import MambaMixer
@@ -124,14 +126,29 @@ def check_model(
 def check_bundle(bundle: Bundle, limits: Limits | None = None) -> BudgetReport:
     """The budget of what a bundle holds: its tensors, or for an exported one its ONNX file.
 
+    Where the bundle that it was exported from is still at hand, the bytes of the file must follow from its tensors.
+
     Raises:
         BundleError: tensors that do not fit the card. Also all that `check_model` and `check_onnx` raise.
     """
     card = bundle.card
     if card.kind == "onnx":
         path = bundle.path / f"model-{card.precision}.onnx"
-        return check_onnx(path, limits, config=card.model, clip_seconds=card.input.clip_seconds)
+        tensors = _parent_tensors(bundle)
+        stored = None if tensors is None else bundle_sizes(tensors)
+        return check_onnx(path, limits, config=card.model, stored=stored, clip_seconds=card.input.clip_seconds)
     return check_model(bundle.load_model(), card.input, bundle.tensors(), limits)
+
+
+def _parent_tensors(bundle: Bundle) -> Path | None:
+    """The tensors that a bundle was made from, if they are still where its card says, and unchanged."""
+    parent = bundle.card.parent
+    if parent is None:
+        return None
+    folder = bundle.path / parent.path
+    if not (folder / CARD).is_file() or file_sha256(folder / CARD) != parent.sha256:
+        return None
+    return folder / TENSORS if (folder / TENSORS).is_file() else None
 
 
 def check_preset(

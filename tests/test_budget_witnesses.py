@@ -1,0 +1,164 @@
+"""Three witnesses for MACs and three for bytes agree layer by layer: configuration, torch, the exported ONNX file."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from model_configs import CP_MOBILES, MIXERS, audio_mambas
+
+from aum_compress.audio.config import InputSpec, LogMelConfig
+from aum_compress.budget.analytic import analytic_macs
+from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.budget.check import check_bundle, check_module, check_preset
+from aum_compress.budget.check_onnx import check_onnx
+from aum_compress.budget.records import BudgetReport, agree
+from aum_compress.budget.traced import traced_operations
+from aum_compress.bundle import BundleCard, model_files, write_bundle
+from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.onnx_writer import export_onnx, round_to_half
+from aum_compress.models.config import AudioMambaConfig, CPMobileConfig, uniform_blocks
+from aum_compress.models.factory import Model, build_model, fold_batch_norm
+from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS, aum
+from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
+from aum_compress.publish import export_bundle
+
+PRECISIONS = ("fp32", "fp16", "int8")
+# an export takes seconds, so a failure is shown as found, not made smaller
+FEW = settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
+@settings(max_examples=40, deadline=None)
+@given(config=audio_mambas() | CP_MOBILES, int8=st.booleans())
+def test_configuration_and_traced_graph_agree_in_every_layer(config, int8):
+    model = deployed(config, "int8") if int8 else build_model(config)
+    traced = traced_operations(model, torch.zeros(1, 1, config.n_mels, config.n_frames))
+    agree({"configuration": analytic_macs(config), "traced graph": {n: own.macs for n, own in traced.items()}})
+
+
+def deployed(config: AudioMambaConfig | CPMobileConfig, precision: str) -> Model:
+    """A random model as a file of this precision holds it."""
+    with torch.random.fork_rng(devices=[]):
+        model = fold_batch_norm(build_model(config))
+    if precision != "fp32":
+        model = round_to_half(model)
+    if precision == "int8":
+        swap_in_quantized(model, list(quantizable_layers(model)))
+    return model.eval()
+
+
+def input_spec(n_mels: int, n_frames: int) -> InputSpec:
+    """A front-end that makes features of this size."""
+    front_end = LogMelConfig(sample_rate_hz=8000, n_fft=512, window_samples=512, hop_samples=500, n_mels=n_mels)
+    return InputSpec(front_end=front_end, clip_seconds=(n_frames - 1) * 500 / 8000)
+
+
+def layer_macs(report: BudgetReport) -> dict[str, int]:
+    return {layer.name: layer.macs for layer in report.layers}
+
+
+def layer_bytes(report: BudgetReport) -> dict[str, tuple[int, int, int]]:
+    # a file cannot tell a tensor of the model itself from a layer of that name
+    return {
+        layer.name.removeprefix("cls_token"): (layer.param_bytes, layer.params, layer.wide_params)
+        for layer in report.layers
+        if layer.param_bytes
+    }
+
+
+def hold_all_against_each_other(config: AudioMambaConfig | CPMobileConfig, precision: str) -> None:
+    model = deployed(config, precision)
+    features = torch.zeros(1, 1, config.n_mels, config.n_frames)
+    by_torch = check_module(model, features, stored=stored_tensors(model, half=precision != "fp32"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        labels = tuple(map(str, range(config.n_classes)))
+        spec = input_spec(config.n_mels, config.n_frames)
+        export_onnx(model, path, OnnxMetadata(labels=labels, input=spec.model_dump(), precision=precision))
+        by_onnx = check_onnx(path)
+    agree(
+        {
+            "configuration": analytic_macs(model.config),
+            "traced graph": layer_macs(by_torch),
+            "ONNX graph": layer_macs(by_onnx),
+        }
+    )
+    assert layer_bytes(by_torch) == layer_bytes(by_onnx)
+    if isinstance(config, AudioMambaConfig):
+        by_configuration = analytic_stored(model.config, precision)
+        assert layer_bytes(by_torch) == {
+            name: (own.param_bytes, own.params, own.wide_params) for name, own in by_configuration.items()
+        }
+
+
+@pytest.mark.parametrize("mixer", list(MIXERS))
+def test_all_three_agree_on_macs_and_bytes_of_each_mixer(mixer):
+    @FEW
+    @given(config=audio_mambas(MIXERS[mixer]), precision=st.sampled_from(PRECISIONS))
+    def check(config: AudioMambaConfig, precision: str) -> None:
+        hold_all_against_each_other(config, precision)
+
+    check()
+
+
+@FEW
+@given(config=audio_mambas() | CP_MOBILES, precision=st.sampled_from(PRECISIONS))
+def test_all_three_agree_on_macs_and_bytes_of_mixed_models(config, precision):
+    hold_all_against_each_other(config, precision)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_configuration_and_traced_graph_agree_on_every_preset(name):
+    report = check_preset(name)  # raises where they do not
+    assert report.witnesses == ("traced graph", "configuration")
+    assert report.macs == sum(analytic_macs(PRESETS[name](PRESET_MELS, PRESET_FRAMES, 10)).values())
+
+
+@pytest.mark.parametrize(
+    ("d_model", "block_type", "n_frames", "macs"),
+    [(384, "v2", 1024, 13.8e9), (384, "v2", 128, 1.75e9), (768, "v1", 1024, 48.7e9)],
+)
+def test_published_sizes_have_the_macs_of_their_formula(d_model, block_type, n_frames, macs):
+    """AuM-Small and AuM-Base at 513 tokens (10 s), AuM-Small at 65 (1 s)."""
+    config = aum(d_model, 128, n_frames, 527, block_type)
+    assert config.n_tokens == 8 * n_frames // 16 + 1
+    assert sum(analytic_macs(config).values()) == pytest.approx(macs, rel=0.003)
+    # all blocks are alike, so that one of them, traced at full width and length, speaks for the others
+    shallow = config.model_copy(update={"blocks": uniform_blocks(1, d_model, block_type=block_type)})
+    with torch.device("meta"):
+        model = build_model(shallow)
+    traced = {
+        name: own.macs for name, own in traced_operations(model, torch.zeros(1, 1, 128, n_frames)).items() if own.macs
+    }
+    whole = sum(macs * (24 if name.startswith("layers.0.") else 1) for name, macs in traced.items())
+    assert whole == sum(analytic_macs(config).values())
+
+
+def test_the_bytes_of_an_exported_bundle_follow_from_its_parent(tmp_path):
+    config = aum(8, 32, 17, 4, depth=1).model_copy(update={"stem": PRESETS["student"](32, 17, 4).stem})
+    spec = input_spec(32, 17)
+    model = build_model(config).eval()
+    card = BundleCard(
+        kind="model",
+        stage="prune",
+        recipe="test",
+        model=config,
+        input=spec,
+        labels=("a", "b", "c", "d"),
+        precision="fp32",
+        seed=0,
+        versions={},
+        created="",
+    )
+    parent = write_bundle(tmp_path / "parent", card, model_files(model, torch.randn(2, 1, 32, 17).numpy()))
+    exported = export_bundle(parent, tmp_path / "exported", ("fp16",))
+    report = check_bundle(exported)
+    explained = next(note for note in report.notes if note.startswith("bytes follow from the bundle's tensors"))
+    assert f"{sum(tensor.nbytes for tensor in parent.tensors().values()):,};" in explained
+    assert "batch normalisation folded" in explained
+    assert "stored as float16" in explained
+
+    (parent.path / "bundle.json").write_text(card.model_copy(update={"seed": 1}).model_dump_json())
+    assert not any("bytes follow" in note for note in check_bundle(exported).notes), "it is not the parent any more"
