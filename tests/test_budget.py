@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from aum_compress.audio.config import InputSpec, LogMelConfig
-from aum_compress.budget.analytic import analytic_macs, einsum_macs, front_end_macs, scan_macs
+from aum_compress.budget.analytic import analytic_macs, front_end_macs, scan_macs
 from aum_compress.budget.check import check_bundle, check_model, check_preset
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, agree, enforce
 from aum_compress.bundle import BundleCard, model_files, write_bundle
@@ -85,12 +85,6 @@ def test_front_end_macs_follow_the_number_of_frames():
     assert 0.9 * one < ten < one  # per second: the one frame more than S // hop is shared by ten seconds
 
 
-def test_einsum_of_three_operands_is_refused():
-    assert einsum_macs("bij, jk -> bik", [(2, 3, 4), (4, 5)]) == 2 * 3 * 4 * 5
-    with pytest.raises(AumError, match="two operands"):
-        einsum_macs("ij,jk,kl->il", [(2, 2)] * 3)
-
-
 def test_every_stored_tensor_counts_at_its_width():
     model = quantized()
     stored = stored_tensors(model, half=True)
@@ -135,17 +129,6 @@ def test_shared_tensors_count_once_but_compute_twice():
 def test_a_module_used_twice_counts_twice():
     inner = nn.Linear(17, 17, bias=False)
     assert check_model(nn.Sequential(inner, nn.ReLU(), inner), SPEC).macs == 2 * 32 * 17 * 17
-
-
-def test_state_that_is_no_tensor_is_refused():
-    class Packed(nn.Linear):
-        def get_extra_state(self) -> tuple[int, int]:
-            return (1, 2)
-
-        def set_extra_state(self, state: tuple[int, int]) -> None: ...
-
-    with pytest.raises(AumError, match=r"_extra_state: found tuple, wanted a tensor"):
-        check_model(Packed(17, 3), SPEC)
 
 
 def test_stored_tensors_that_do_not_cover_the_model_are_refused():
@@ -268,7 +251,7 @@ def printed(table) -> str:
 
 
 def test_the_table_sums_up_what_it_leaves_out():
-    report = report_of(layer("stem", 100, 8), layer("big", 800, 1), layer("rest", 100, 1))
+    report = report_of(layer("stem", 100, 7), layer("big", 800, 1), layer("rest", 100, 2))
     whole, short = printed(budget_table(report)), printed(budget_table(report, top=1))
     assert all(name in whole for name in ("stem", "big", "rest", "80.0% ████████"))
     assert "big" in short
@@ -286,7 +269,9 @@ def test_the_lines_state_verdict_and_what_is_listed_apart():
     assert lines.endswith("note: one thing more")
 
 
-@pytest.mark.parametrize("module", ["records", "analytic", "operators", "onnx_graph", "check_onnx"])
+@pytest.mark.parametrize(
+    "module", ["records", "pack", "analytic", "contraction", "operators", "onnx_graph", "check_onnx"]
+)
 def test_torch_free_modules(module):
     code = f"import sys; sys.modules['torch'] = None; import aum_compress.budget.{module}"
     subprocess.run([sys.executable, "-c", code], check=True)

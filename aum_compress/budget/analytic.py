@@ -5,11 +5,9 @@ Formulas: DESIGN section 2. Letters: `M` d_model, `D` d_inner, `N` d_state, `R` 
 """
 
 import math
-from collections.abc import Sequence
 
 from aum_compress.audio.config import InputSpec
 from aum_compress.audio.front_ends import frame_macs
-from aum_compress.errors import AumError
 from aum_compress.models.config import (
     MLP_HEAD_WIDTH,
     AudioMambaConfig,
@@ -40,22 +38,6 @@ def scan_macs(d_inner: int, d_state: int, n_tokens: int) -> int:
 def ssd_macs(d_inner: int, d_state: int, n_tokens: int) -> int:
     """A scan in matmul form over one sequence: C B^T, and the weights that it gives times x of all heads."""
     return n_tokens * n_tokens * (d_state + d_inner)
-
-
-def einsum_macs(equation: str, shapes: Sequence[Sequence[int]]) -> int:
-    """A contraction of two tensors: the product of the sizes of all its letters.
-
-    Raises:
-        AumError: any other number of operands, whose order of contraction is the library's choice, or an ellipsis.
-    """
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
-    if len(terms) != 2 or "." in equation:
-        raise AumError(f"einsum {equation!r}: cannot be counted; wanted two operands and no ellipsis")
-    sizes: dict[str, int] = {}
-    for letters, shape in zip(terms, shapes):
-        for letter, size in zip(letters, shape):
-            sizes[letter] = max(size, sizes.get(letter, 1))  # a size of 1 is broadcast
-    return math.prod(sizes.values())
 
 
 def front_end_macs(spec: InputSpec) -> int:
