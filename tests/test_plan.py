@@ -194,11 +194,11 @@ def test_wishes_that_make_no_sense_are_refused(wrong, message):
 
 def test_a_block_in_full_leaves_no_other_word_about_blocks():
     block = {"mixer": "mamba2", "d_inner": 32, "d_state": 16}
-    found = StudentSection.model_validate({"depth": 3, "block": block}).resolve(256, 65, 10)
+    found = StudentSection.model_validate({"depth": 3, "blocks": [block]}).resolve(256, 65, 10)
     assert [(b.mixer, b.d_inner, b.head_dim) for b in found.blocks] == [("mamba2", 32, 16)] * 3
     for key, value in {"d_inner": 32, "d_state": 4, "dt_rank": 1, "block_type": "v1"}.items():
-        with pytest.raises(ValueError, match=f"block: says all about the blocks; leave out {key}"):
-            StudentSection.model_validate({"block": block, key: value})
+        with pytest.raises(ValueError, match=f"blocks: say all about the blocks; leave out {key}"):
+            StudentSection.model_validate({"blocks": [block], key: value})
 
 
 # --- on the command line

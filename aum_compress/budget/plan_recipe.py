@@ -17,7 +17,7 @@ def student_section(student: Student) -> dict[str, Any]:
         "preset": "student",
         "d_model": student.d_model,
         "depth": student.depth,
-        "block": student.block.model_dump(),
+        "blocks": [student.block.model_dump()],
         "stem": student.stem.model_dump(exclude={"folded"}),
     }
     wanted = student.wanted
