@@ -167,7 +167,7 @@ def budget_plan(
     max_param_bytes: MaxParamBytes = None,
     max_macs: MaxMacs = None,
     max_ms: Annotated[
-        float | None, typer.Option(min=0.001, help="Estimated time for one clip, fp32, one core of a desktop CPU.")
+        float | None, typer.Option(min=0.001, help="Estimated time for one clip, fp32, one x86 core.")
     ] = None,
     sort: Annotated[
         Sort, typer.Option(help="use: geometric mean of the shares of all limits, largest first.")

@@ -2,11 +2,13 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
 from aum_compress.budget.analytic import analytic_macs
+from aum_compress.budget.latency import MICROSECONDS
 from aum_compress.budget.limits import RULES
 from aum_compress.budget.records import BudgetExceeded
 from aum_compress.models.presets import PRESETS
@@ -46,6 +48,17 @@ def test_our_own_figure_is_still_what_is_counted(title):
     name, classes = ("cp-mobile", 10) if title == "CP-Mobile" else ("aum-small", 527 if n_frames == 1024 else 10)
     config = PRESETS[name](n_mels, n_frames, classes)
     assert sum(analytic_macs(config).values()) == MEASURED[title]["macs"]["aum-compress"]
+
+
+def test_estimated_times_are_as_near_to_measured_ones_as_the_page_says():
+    found = json.loads((ROOT / "benchmarks" / "latency_model.json").read_text())
+    assert {term: float(f"{value:.3g}") for term, value in found["microseconds"].items()} == MICROSECONDS
+    held_out = [file for file in found["files"] if file["held_out"]]
+    estimates = [sum(MICROSECONDS[term] * count for term, count in file["terms"].items()) / 1000 for file in held_out]
+    errors = [abs(ms / file["ms"] - 1) for ms, file in zip(estimates, held_out, strict=True)]
+    stated = re.search(r"median error (\d+) %, nine of ten within (\d+) %, worst (\d+) %", PAGE).groups()
+    figures = (statistics.median(errors), sorted(errors)[26], max(errors))
+    assert tuple(f"{100 * figure:.0f}" for figure in figures) == stated
 
 
 def test_every_named_limit_has_its_row():

@@ -50,7 +50,7 @@ def plan_lines(plan: Plan, shown: int) -> list[str]:
         if alone:
             lines.append(f"{limit} bind most students that use {FULL:.0%} of a limit at {', '.join(alone)} tokens")
     lines.append(
-        "use: geometric mean of the shares of all limits; est. ms: one clip, fp32 file, one core of a desktop CPU, an "
+        "use: geometric mean of the shares of all limits; est. ms: one clip, fp32 file, one x86 core, an "
         "estimate (docs/budgets.md)"
     )
     return lines
