@@ -214,6 +214,11 @@ def test_what_is_unknown_is_named_with_its_layer_and_never_zero(function, operat
         check_module(model, torch.eye(4))
 
 
+def test_dropout_that_stays_on_is_refused():
+    with pytest.raises(AumError, match=r"1: aten::dropout: drops values in evaluation mode too"):
+        check_module(nn.Sequential(nn.Dropout(), Function(lambda x: nn.functional.dropout(x))), torch.zeros(1, 4))
+
+
 def test_a_scripted_module_is_refused():
     with pytest.raises(AumError, match="ScriptModules. Wanted a module in plain torch, without TorchScript"):
         check_module(nn.Sequential(torch.jit.script(nn.Linear(4, 4))), torch.zeros(1, 4))

@@ -98,9 +98,7 @@ TORCH_FREE = _names(
     "replication_pad1d replication_pad2d replication_pad3d roll rot90 scatter select_scatter slice_scatter stack take "
     "take_along_dim tensor tile to tril triu type_as unsafe_chunk unsafe_split unsafe_split_with_sizes "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d vstack "
-    # nothing, in evaluation mode
-    "alpha_dropout dropout feature_alpha_dropout feature_dropout"
+    "_upsample_nearest_exact3d vstack"
 )
 """Moves or copies values. What works in place costs the same."""
 

@@ -95,6 +95,12 @@ def _embedding_bag(inputs: Values, outputs: Values) -> Counter[str]:
     return Counter({"reduce": read} | ({} if _absent(inputs[6]) else {"multiply": read}))
 
 
+def _dropout(inputs: Values, outputs: Values) -> Counter[str]:
+    if inputs[2].toIValue():
+        raise AumError("drops values in evaluation mode too; wanted training=self.training, so that inference is free")
+    return Counter()
+
+
 def _with_bias(macs: int, bias: Any, outputs: Values) -> Counter[str]:
     return Counter({MAC: macs} if _absent(bias) else {MAC: macs, "add": _size(outputs[0])})
 
@@ -122,12 +128,11 @@ def _outer(inputs: Values, outputs: Values) -> Counter[str]:
 
 def _added_matmul(inputs: Values, outputs: Values) -> Counter[str]:
     """beta * input + alpha * (one @ two), the batch of addbmm summed."""
-    values, *scales = inputs[3:5]
     one, two = shape_of(inputs[1]), shape_of(inputs[2])
     columns = two[-1] if len(two) > 1 else 1
     written = _size(outputs[0])
     found = Counter({MAC: math.prod(one) * columns, "add": written})
-    found["multiply"] += written * sum(scale.toIValue() != 1 for scale in (values, *scales))
+    found["multiply"] += written * sum(scale.toIValue() != 1 for scale in inputs[3:5])
     return found
 
 
@@ -198,24 +203,14 @@ def _recurrent(operator: str) -> Handle:
     return handle
 
 
-def _fft(transforms: int, *, real: bool) -> Handle:
-    """Args: transforms: over how many axes; 0: over as many as the operator was told, or all."""
+def _fft(*, real: bool) -> Handle:
+    """A transform along one axis; of one that turns real values into complex ones or back, `real`."""
 
     def handle(inputs: Values, outputs: Values) -> Counter[str]:
-        # the side without a halved axis has the whole length
-        longer = max((shape_of(value) for value in (inputs[0], outputs[0])), key=math.prod)
-        dims = [-1]
-        if transforms != 1:
-            given = None if _absent(inputs[2]) else inputs[2].toIValue() or [d.toIValue() for d in _listed(inputs[2])]
-            dims = given or ([-2, -1] if transforms == 2 else list(range(len(longer))))
-        else:
-            dims = [inputs[2].toIValue()]
-        values = math.prod(longer)
-        macs = 0
-        for place, dim in enumerate(dims):
-            halved = real and place == len(dims) - 1  # the last axis is the one of real values
-            macs += values // longer[dim] * fft_macs(longer[dim], real=halved or real)
-        return Counter({MAC: macs})
+        # the side whose axis is not halved has the whole length
+        shape = max((shape_of(value) for value in (inputs[0], outputs[0])), key=math.prod)
+        length = shape[inputs[2].toIValue()]
+        return Counter({MAC: math.prod(shape) // length * fft_macs(length, real=real)})
 
     return handle
 
@@ -278,6 +273,7 @@ HANDLES: dict[str, Handle] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::embedding_bag": _embedding_bag,
     "aten::stft": _stft,
+    **{f"aten::{name}": _dropout for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")},
     "aum_compress::selective_scan": _selective_scan,
     "aum_compress::ssd": _ssd,
     "aum_compress::quantize_dequantize": _elementwise("quantize", "dequantize"),
@@ -286,8 +282,8 @@ HANDLES: dict[str, Handle] = {
     **{f"aten::{name}": _outer for name in ("outer", "ger", "kron")},
     **{f"aten::{name}": _added_matmul for name in ("addmm", "addbmm", "baddbmm", "addmv")},
     **{f"aten::{name}": _recurrent(name) for name in CELLS},
-    **{f"aten::fft_{name}": _fft(1, real=False) for name in ("fft", "ifft")},
-    **{f"aten::fft_{name}": _fft(1, real=True) for name in ("rfft", "irfft", "hfft", "ihfft")},
+    **{f"aten::fft_{name}": _fft(real=False) for name in ("fft", "ifft")},
+    **{f"aten::fft_{name}": _fft(real=True) for name in ("rfft", "irfft", "hfft", "ihfft")},
     **{f"aten::{name}": _elementwise(kind) for name, kind in TORCH_WRITTEN.items()},
     **{f"aten::{name}": _elementwise(*kinds) for name, kinds in TORCH_SEVERAL.items()},
     **{f"aten::{name}": _reduction(kind) for name, kind in TORCH_READ.items()},
