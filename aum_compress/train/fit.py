@@ -20,6 +20,7 @@ from aum_compress.console import Reporter, log, progress
 from aum_compress.data.datamodule import ClipsDataModule
 from aum_compress.errors import AumError
 from aum_compress.recipe_schema import DistillSection, TrainConfig
+from aum_compress.train.allocator import keep_freed_memory
 from aum_compress.train.distributed import ALONE, FirstProcessFailed, Ranks, lost_process
 from aum_compress.train.module import TrainingModule
 
@@ -75,6 +76,8 @@ def fit(
     # its hints on hardware, workers and services are no concern of a recipe's user
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
+    if config.accelerator == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
     augment, responses = config.augment, None
     if augment.device_response_p and config.views == 1:
         rate = spec.front_end.sample_rate_hz

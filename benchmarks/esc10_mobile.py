@@ -1,0 +1,349 @@
+"""Students against CP-Mobile on ESC10-mobile: real recordings through measured microphones, fold by fold.
+
+    python benchmarks/esc10_mobile.py --data DIR [--folds 1 2 3] [--configs student-distilled ...] [--epochs 40]
+    python benchmarks/esc10_mobile.py --summary           Markdown of benchmarks/results/esc10_mobile.jsonl
+
+DIR is what make_esc10_mobile.py writes; --responses names the folder of impulse responses (MicIRP).
+
+Every configuration is a recipe that the package itself runs, so a killed benchmark goes on at the epoch where it was,
+and a line of the results is written once. All trainings of a table have the same number of epochs, all but the anchor's
+the same augmentation. The test part chooses nothing: there is no validation part either, the averaged weights of the
+last epoch are what counts. Accuracy is that of the exported file in onnxruntime.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aum_compress import __version__
+from aum_compress.data.cache import CachedClips, cache_index
+from aum_compress.data.index import load_index
+from aum_compress.export.runtime import Classifier
+from aum_compress.pipeline import run
+from aum_compress.recipe_schema import Recipe
+from aum_compress.train.metrics import calibration_error, classification_metrics, macro_accuracy
+
+RESULTS = Path(__file__).parent / "results" / "esc10_mobile.jsonl"
+TEST_DEVICES = (
+    "IR_ResloCR600.wav",
+    "IR_Shure510C.wav",
+    "IR_Astatic77.wav",
+    "IR_AKG_FaultyD12.wav",
+    "GEC_bigdynamic.wav",
+    "IR_Lomo52A5M.wav",
+)
+"""Responses that make the devices of the data set, seen and unseen: augmentation never draws them."""
+FILES = {"fp32": "model-fp32.onnx", "fp16": "model-fp16.onnx", "int8": "model-int8.onnx"}
+BATCH = 256
+
+STEM = {
+    "kind": "conv",
+    "token": "cell",
+    "stages": [
+        {"channels": 16, "stride_mels": 2, "stride_frames": 2, "expansion": 0},
+        {"channels": 24, "stride_mels": 2, "stride_frames": 2, "expansion": 3},
+        {"channels": 24, "stride_mels": 1, "stride_frames": 1, "expansion": 2},
+        {"channels": 48, "stride_mels": 2, "stride_frames": 2, "expansion": 3},
+        {"channels": 48, "stride_mels": 1, "stride_frames": 1, "expansion": 2},
+        {"channels": 64, "stride_mels": 2, "stride_frames": 1, "expansion": 2},
+    ],
+}
+"""16 x 9 cells of one second; the widths where the map is large are those that the MACs allow."""
+
+
+def _student_section(blocks: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    return {"preset": "student", "d_model": 64, "depth": 4, "stem": STEM, "blocks": blocks} | others
+
+
+MAMBA = [{"d_inner": 64, "d_state": 8, "dt_rank": 4, "block_type": "v1", "along": along} for along in ("time", "mel")]
+CONVOLUTION = [
+    {"mixer": "conv", "d_inner": 76, "d_conv": 17, "along": "time"},
+    {"mixer": "conv", "d_inner": 76, "d_conv": 31, "along": "mel"},
+]
+"""In place of the student's blocks: taps from end to end of 9 columns and 16 rows, and as many channels as take the
+bytes of the scan and its projections (115,338 bytes in all against 115,922)."""
+
+
+class Benchmark:
+    """Recipes of one fold."""
+
+    def __init__(self, arguments: argparse.Namespace, fold: int) -> None:
+        self.arguments, self.fold = arguments, fold
+
+    def name(self, config: str) -> str:
+        return f"esc10-{config}-fold{self.fold}-seed{self.arguments.seed}-{self.arguments.epochs}epochs"
+
+    def recipe(self, config: str, **sections: Any) -> Recipe:
+        root = self.arguments.data
+        data = {
+            "kind": "tau",
+            "root": root,
+            "train_split": f"split/fold{self.fold}_train.csv",
+            "test_split": f"split/fold{self.fold}_test.csv",
+            "validation_fraction": 0,
+        }
+        whole = {"name": self.name(config), "seed": self.arguments.seed, "threads": 1, "data": data}
+        return Recipe.model_validate(whole | sections)
+
+    def own(self) -> dict[str, Any]:
+        """CP-Mobile's own recipe (CPJKU/dcase2024_task1_baseline), its rates for batches of 32."""
+        augment = {"time_roll_seconds": 0.1, "mixstyle_p": 0.4, "mixstyle_alpha": 0.3}
+        return self.training(learning_rate=3e-3, weight_decay=1e-3) | {"augment": augment}
+
+    def training(self, **changes: Any) -> dict[str, Any]:
+        augment = {
+            "time_roll_seconds": 0.1,
+            "mixstyle_p": 0.4,
+            "mixstyle_alpha": 0.3,
+            "frequency_mask_mels": 48,
+            "mixup_alpha": 0.3,
+            "device_response_p": 0.6,
+            "device_response_folder": self.arguments.responses,
+            "device_response_exclude": list(TEST_DEVICES),
+        }
+        return {
+            "epochs": self.arguments.epochs,
+            "batch_size": 32,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.05,
+            "warmup_epochs": 2,
+            "weight_average": 0.999,
+            "keep": "last",
+            "views": 8,
+            "augment": augment,
+        } | changes
+
+    def bundle(self, config: str, stage: str) -> str:
+        return str(self.arguments.work / "runs" / self.name(config) / stage)
+
+    def distillation(self, **changes: Any) -> dict[str, Any]:
+        teachers = [self.bundle(config, "03-student") for config in TEACHERS]
+        return {"teachers": teachers, "lambda": 0.17, "temperature": 2, "train": self.training(**changes)}
+
+
+def _cp_mobile(fold: Benchmark) -> dict[str, Any]:
+    return {"student": {"preset": "cp-mobile", "train": fold.own()}}
+
+
+def _cp_mobile_augmented(fold: Benchmark) -> dict[str, Any]:
+    return {"student": {"preset": "cp-mobile", "train": fold.training(learning_rate=3e-3, weight_decay=1e-3)}}
+
+
+def _cp_mobile_distilled(fold: Benchmark) -> dict[str, Any]:
+    return {
+        "student": {"preset": "cp-mobile"},
+        "distill": fold.distillation(learning_rate=3e-3, weight_decay=1e-3),
+    }
+
+
+def _student(fold: Benchmark) -> dict[str, Any]:
+    return {"student": _student_section(MAMBA, train=fold.training())}
+
+
+def _student_distilled(fold: Benchmark) -> dict[str, Any]:
+    return {"student": _student_section(MAMBA), "distill": fold.distillation()}
+
+
+def _convolution_distilled(fold: Benchmark) -> dict[str, Any]:
+    return {"student": _student_section(CONVOLUTION), "distill": fold.distillation()}
+
+
+CONFIGS: dict[str, tuple[str, Callable[[Benchmark], dict[str, Any]]]] = {
+    "cp-mobile": ("CP-Mobile, its own recipe", _cp_mobile),
+    "cp-mobile-augmented": ("CP-Mobile, our augmentation", _cp_mobile_augmented),
+    "student": ("student, no distillation", _student),
+    "cp-mobile-distilled": ("CP-Mobile, our teachers", _cp_mobile_distilled),
+    "student-distilled": ("student, our teachers", _student_distilled),
+    "convolution-distilled": (
+        "the scan replaced by a convolution of equal bytes, our teachers",
+        _convolution_distilled,
+    ),
+}
+"""Name -> its row's title and its sections; in an order in which teachers come first."""
+TEACHERS = ("cp-mobile", "cp-mobile-augmented", "student")
+
+
+def measure(classifier: Classifier, test: CachedClips, seen: frozenset[str]) -> dict[str, Any]:
+    """Figures of one file on the test part; accuracies in percent, macro over the classes."""
+    record = classifier.metadata.input
+    logits = []
+    for start in range(0, len(test), BATCH):
+        features = ((test[start : start + BATCH] - record["mean"]) / record["std"]).astype(np.float32)[:, None]
+        logits.append(classifier.logits(features))
+    logits = np.concatenate(logits)
+    number = {label: place for place, label in enumerate(classifier.labels)}
+    targets = np.array([number[clip.label] for clip in test.clips])
+    devices = np.array([clip.device for clip in test.clips])
+    found = classification_metrics(logits, targets, classifier.labels, list(devices), seen)
+    probabilities = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    return {
+        "all": found["accuracy"],
+        "a": found["by_device"]["a"],
+        "seen": macro_accuracy(
+            (logits.argmax(1) == targets)[_among(devices, seen - {"a"})], targets[_among(devices, seen - {"a"})]
+        ),
+        "unseen": found["unseen"],
+        "clip_vote": _vote(probabilities, targets, test, devices == devices),
+        "clip_vote_a": _vote(probabilities, targets, test, devices == "a"),
+        "log_loss": found["log_loss"],
+        "ece": calibration_error(probabilities, targets),
+        "by_class": found["by_class"],
+        "by_device": found["by_device"],
+    }
+
+
+def _among(devices: np.ndarray, names: frozenset[str]) -> np.ndarray:
+    return np.isin(devices, sorted(names))
+
+
+def _vote(probabilities: np.ndarray, targets: np.ndarray, test: CachedClips, chosen: np.ndarray) -> float:
+    """Share of whole clips, of each device by itself, that the mean over their segments gets right; macro."""
+    total: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(probabilities.shape[1]))
+    truth = {}
+    for clip, row, target, wanted in zip(test.clips, probabilities, targets, chosen, strict=True):
+        if wanted:
+            total[clip.group, clip.device] += row
+            truth[clip.group, clip.device] = target
+    right = np.array([total[key].argmax() == truth[key] for key in total])
+    return macro_accuracy(right, np.array([truth[key] for key in total]))
+
+
+def run_config(fold: Benchmark, config: str) -> dict[str, Any]:
+    """Trains, quantises, exports and measures one configuration on one fold; what is finished is not done again."""
+    sections = CONFIGS[config][1](fold) | {
+        "quantize": {"calibration_clips": 512, "percentile": 99.99},
+        "export": {},
+        "verify": {"clips": 32},
+    }
+    recipe = fold.recipe(config, **sections)
+    start = time.monotonic()
+    outcome = run(recipe, fold.arguments.work)
+    minutes = (time.monotonic() - start) / 60
+    parts = cache_index(load_index(recipe.data, recipe.seed), recipe.features)
+    shipped = {row["file"]: row for row in outcome.report["road"] if row["file"]}
+    files = {
+        precision: {
+            "param_bytes": shipped[name]["param_bytes"],
+            "macs": shipped[name]["macs"],
+            "file_bytes": (outcome.folder / name).stat().st_size,
+            **measure(Classifier(outcome.folder / name, intra_op_num_threads=1), parts.test, parts.index.seen_devices),
+        }
+        for precision, name in FILES.items()
+    }
+    return {
+        "config": config,
+        "fold": fold.fold,
+        "seed": recipe.seed,
+        "epochs": fold.arguments.epochs,
+        "teachers": list(TEACHERS) if recipe.distill else [],
+        "train_clips": len(parts.train),
+        "test_clips": len(parts.test),
+        "minutes": round(minutes, 1),
+        "files": files,
+        "version": __version__,
+        "commit": _commit(),
+        "machine": _machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return found.stdout.strip()
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} x {platform.machine()}, one thread"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    """Markdown: means over folds and seeds, one row a configuration and file."""
+    header = (
+        "configuration",
+        "file",
+        "folds",
+        "bytes",
+        "MACs",
+        "all",
+        "a",
+        "seen",
+        "unseen",
+        "clip vote",
+        "on a",
+        "log loss",
+        "ECE",
+    )
+    rows = []
+    for config, (title, _) in CONFIGS.items():
+        own = [line for line in lines if line["config"] == config]
+        for precision in FILES if "student" in config else ("fp16",):
+            found = [line["files"][precision] for line in own]
+            if not found:
+                continue
+            figures = [
+                np.mean([file[key] for file in found])
+                for key in ("all", "a", "seen", "unseen", "clip_vote", "clip_vote_a")
+            ]
+            rows.append(
+                [
+                    title,
+                    precision,
+                    ", ".join(str(line["fold"]) for line in own),
+                    f"{found[0]['param_bytes']:,}",
+                    f"{found[0]['macs']:,}",
+                ]
+                + [f"{figure:.1f}" for figure in figures]
+                + [
+                    f"{np.mean([file['log_loss'] for file in found]):.3f}",
+                    f"{np.mean([file['ece'] for file in found]):.1f}",
+                ]
+            )
+    table = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="ESC10-mobile")
+    parser.add_argument("--responses", type=Path, help="folder of impulse responses")
+    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], choices=range(1, 6))
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/esc10-mobile-benchmark"), help="checkpoints, bundles")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--summary", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.summary:
+        if arguments.data is None or arguments.responses is None:
+            parser.error("--data and --responses are needed to train")
+        arguments.data, arguments.responses = arguments.data.resolve(), arguments.responses.resolve()
+        arguments.work = arguments.work.resolve()
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        wanted = [(fold, config) for fold in arguments.folds for config in CONFIGS if config in arguments.configs]
+        for fold, config in wanted:
+            done = {(line["config"], line["fold"], line["seed"], line["epochs"]) for line in read(arguments.results)}
+            if (config, fold, arguments.seed, arguments.epochs) in done:
+                continue
+            line = run_config(Benchmark(arguments, fold), config)
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    print(summary(read(arguments.results)))
+
+
+if __name__ == "__main__":
+    main()
