@@ -11,3 +11,27 @@ def real_audio() -> Path:
     if not folder.is_dir():
         pytest.skip(f"AUM_AUDIO: no folder of real recordings at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A small recipe that has been run to its end, once for all tests."""
+    from tiny_recipe import finished_run
+
+    return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def cache_of_finished(finished, monkeypatch) -> None:
+    """The features of that run, for runs that follow."""
+    monkeypatch.setenv("AUM_CACHE", str(finished.cache))
+
+
+@pytest.fixture(scope="session")
+def exports(finished) -> Path:
+    return finished.out / "exports" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def runs(finished) -> Path:
+    return finished.out / "runs" / "tiny"

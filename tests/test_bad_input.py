@@ -14,21 +14,14 @@ import pytest
 import soundfile
 import yaml
 from audio_trees import write_class_folders
-from tiny_recipe import TRAIN, command, finished_run, raw_recipe, tiny_process, write_recipe
+from tiny_recipe import TRAIN, command, raw_recipe, tiny_process, write_recipe
 
 from aum_compress.bundle import read_bundle
 
 MODEL_STAGES = ("01-reference", "02-teacher", "04-distill", "05-prune", "06-quantize")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(autouse=True)
-def _cache_folder(finished, monkeypatch):
-    monkeypatch.setenv("AUM_CACHE", str(finished.cache))
+pytestmark = pytest.mark.usefixtures("cache_of_finished")
 
 
 @pytest.fixture

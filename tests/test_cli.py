@@ -13,7 +13,7 @@ import yaml
 from answers import answer, message, record
 from audio_trees import noise
 from onnx import numpy_helper
-from tiny_recipe import command, finished_run, raw_recipe, tiny_process, write_recipe
+from tiny_recipe import command, raw_recipe, tiny_process, write_recipe
 
 import aum_compress
 from aum_compress.bundle import read_bundle
@@ -23,24 +23,7 @@ from aum_compress.recipe import recipes_folder
 STAGES = ("01-reference", "02-teacher", "04-distill", "05-prune", "06-quantize", "07-export")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(autouse=True)
-def _cache_folder(finished, monkeypatch):
-    monkeypatch.setenv("AUM_CACHE", str(finished.cache))
-
-
-@pytest.fixture(scope="module")
-def exports(finished) -> Path:
-    return finished.out / "exports" / "tiny"
-
-
-@pytest.fixture(scope="module")
-def runs(finished) -> Path:
-    return finished.out / "runs" / "tiny"
+pytestmark = pytest.mark.usefixtures("cache_of_finished")
 
 
 @pytest.fixture

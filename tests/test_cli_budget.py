@@ -10,7 +10,7 @@ from answers import answer, message, record
 from exported import written
 from onnx import numpy_helper, parser
 from rich.console import Console
-from tiny_recipe import command, finished_run
+from tiny_recipe import command
 
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.limits import RULES
@@ -24,24 +24,7 @@ REPORT_KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(autouse=True)
-def _cache_folder(finished, monkeypatch):
-    monkeypatch.setenv("AUM_CACHE", str(finished.cache))
-
-
-@pytest.fixture(scope="module")
-def exports(finished) -> Path:
-    return finished.out / "exports" / "tiny"
-
-
-@pytest.fixture(scope="module")
-def runs(finished) -> Path:
-    return finished.out / "runs" / "tiny"
+pytestmark = pytest.mark.usefixtures("cache_of_finished")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny_recipe import TRAIN, finished_run, recipe
+from tiny_recipe import TRAIN, recipe
 
 from aum_compress.bundle import read_bundle
 from aum_compress.data.views import render_views
@@ -22,14 +22,7 @@ from aum_compress.workspace import Workspace
 DOCS = Path(__file__).parent.parent / "docs" / "distillation.md"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(autouse=True)
-def _cache_folder(finished, monkeypatch):
-    monkeypatch.setenv("AUM_CACHE", str(finished.cache))
+pytestmark = pytest.mark.usefixtures("cache_of_finished")
 
 
 @pytest.fixture(scope="module")
