@@ -226,6 +226,10 @@ def run_config(fold: Benchmark, config: str) -> dict[str, Any]:
         "verify": {"clips": 32},
     }
     recipe = fold.recipe(config, **sections)
+    if recipe.distill:
+        for teacher in TEACHERS:  # measured elsewhere, perhaps, and its bundle not here: it is trained again
+            if not Path(fold.bundle(teacher, "03-student")).is_dir():
+                run(fold.recipe(teacher, **CONFIGS[teacher][1](fold)), fold.arguments.work, "student")
     start = time.monotonic()
     outcome = run(recipe, fold.arguments.work)
     minutes = (time.monotonic() - start) / 60
