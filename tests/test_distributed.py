@@ -28,12 +28,14 @@ from aum_compress.recipe import validate_recipe
 from aum_compress.recipe_schema import TrainConfig
 from aum_compress.train.distributed import ALONE, FirstProcessFailed, Ranks, join, lost_process
 from aum_compress.train.fit import fit
-from aum_compress.train.predict import predict_logits
+from aum_compress.train.predict import predict_logits, predict_with_embeddings
+from aum_compress.train.teachers import unit_length
 from aum_compress.workspace import Workspace
 
-# no batch normalisation in a patch model, no augmentation: two processes must do just what one does
-EPOCHS, AUGMENT = 4, {"time_roll_seconds": 0.0}
+# no batch normalisation in a patch model, no augmentation but views: two processes must do just what one does
+EPOCHS, AUGMENT = 4, {"time_roll_seconds": 0.02}
 TWO = {"epochs": EPOCHS, "batch_size": 8, "accelerator": "cpu", "strategy": "ddp", "devices": 2, "augment": AUGMENT}
+TWO |= {"views": 2, "weight_average": 0.9}
 ONE = TWO | {"batch_size": 16, "devices": 1, "strategy": "auto"}
 STAGES = ("teacher", "distill", "prune", "quantize")
 KILLS_THE_FIRST = """
@@ -52,7 +54,7 @@ def raw(tree: Path, train: dict) -> dict:
     base = raw_recipe(tree)
     changes = {
         "teacher": base["teacher"] | {"train": train},
-        "distill": {"teachers": ["teacher"], "train": train | {"epochs": 1}},
+        "distill": {"teachers": ["teacher"], "feature_weight": 0.5, "train": train | {"epochs": 1}},
         "prune": {"ratio": 0.4, "round_to": 2, "finetune": train | {"epochs": 1}},
     }
     return {key: value for key, value in (base | changes).items() if key != "reference"}
@@ -152,13 +154,18 @@ def test_shared_logits_are_those_of_one_process(two, cache, monkeypatch):
     metrics = space.measure(predict_logits(model, space.parts.test, teacher.card.input))
     assert teacher.card.metrics["test"]["clips"] == len(space.parts.test)
     assert teacher.card.metrics["test"]["log_loss"] == pytest.approx(metrics["log_loss"], abs=1e-6)
-    (kept,) = (two.out / "runs" / "tiny" / "teacher-logits").iterdir()
-    with np.load(kept) as stored:
-        assert stored["clip_ids"].tolist() == [clip.clip_id for clip in space.parts.train.clips]
-        assert stored["views"].tolist() == ["clean"]
-        np.testing.assert_allclose(
-            stored["logits"][0], predict_logits(model, space.parts.train, teacher.card.input), rtol=0, atol=1e-5
-        )
+    viewed = space.training_clips(TrainConfig(**TWO), space.recipe.features)
+    wanted, embeddings = predict_with_embeddings(model, viewed, teacher.card.input)
+    kept = list((two.out / "runs" / "tiny" / "teacher-logits").iterdir())
+    assert len(kept) == 2, "with embeddings for distillation, without for pruning"
+    for path in kept:
+        with np.load(path) as stored:
+            assert stored["clip_ids"].tolist() == [clip.clip_id for clip in space.parts.train.clips]
+            assert stored["views"].tolist() == list(viewed.names)
+            np.testing.assert_allclose(stored["logits"].reshape(wanted.shape), wanted, rtol=0, atol=1e-5)
+            if "embeddings" in stored:
+                found = stored["embeddings"].reshape(embeddings.shape)
+                np.testing.assert_allclose(found, unit_length(embeddings), atol=1e-3)
 
 
 class Recorded(Ranks):
