@@ -332,6 +332,9 @@ class Recipe(Section):
                     problems.append(f"distill.teachers: names {stage}, but the recipe has no section {stage}")
         if self.student and self.student.preset == "cp-mobile" and self.prune:
             problems.append("prune: works on Mamba blocks, and cp-mobile has none")
+        others = {block.mixer for block in (self.student and self.student.blocks) or ()} - {"mamba"}
+        if others and self.prune:
+            problems.append(f"prune: works on mamba blocks, and student.blocks has {', '.join(sorted(others))}")
         checkpointed = self.distill and self.distill.train.activation_checkpointing
         if self.student and self.student.preset == "cp-mobile" and checkpointed:
             problems.append(f"distill.{NO_BLOCKS}")

@@ -6,6 +6,7 @@ from tiny import aum_config, features, student_config, trained_like
 
 from aum_compress.compress.prune import prune_d_inner
 from aum_compress.errors import AumError
+from aum_compress.models.config import BlockConfig, ConvStage, ConvStem, Mamba2BlockConfig
 
 
 def squares(model):
@@ -82,3 +83,25 @@ def test_forward_is_restored_and_no_state_leaks_between_runs():
 def test_a_step_that_removes_nothing_is_an_error():
     with pytest.raises(AumError, match=r"ratio 0.01 removed nothing from d_inner \[24, 32\] in multiples of 8"):
         prune_d_inner(trained_like(student_config()), 0.01, round_to=8, backward=squares)
+
+
+def cells(*blocks):
+    stem = ConvStem(stages=(ConvStage(channels=8, stride_mels=4, stride_frames=2, expansion=0),), token="cell")
+    return student_config().model_copy(update={"stem": stem, "blocks": blocks})
+
+
+def test_blocks_along_time_and_mel_are_pruned_alike():
+    blocks = (BlockConfig(d_inner=24, d_state=4, dt_rank=2, along=along) for along in ("time", "mel"))
+    config = cells(*blocks)
+    pruned, result = prune_d_inner(trained_like(config), 0.5, round_to=4, backward=squares)
+    assert sum(result.d_inner_after) <= 0.6 * sum(result.d_inner_before)
+    assert [block.along for block in pruned.config.blocks] == ["time", "mel"]
+    torch.testing.assert_close(
+        pruned(features()), masked(trained_like(config), pruned)(features()), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_other_mixers_are_refused_by_name():
+    config = cells(BlockConfig(d_inner=24, d_state=4, dt_rank=2), Mamba2BlockConfig(d_inner=32, d_state=4))
+    with pytest.raises(AumError, match="works on mamba blocks, and the model has mamba2"):
+        prune_d_inner(trained_like(config), 0.5, backward=squares)

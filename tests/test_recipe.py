@@ -81,6 +81,10 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
             "distill.train.label_smoothing: has no part in the distillation loss",
         ),
         (["verify.clips=3"], "verify: needs an export section"),
+        (
+            ["student.blocks=[{mixer: mamba2, d_inner: 32, d_state: 8}]", "prune={ratio: 0.2, finetune: {epochs: 1}}"],
+            "prune: works on mamba blocks, and student.blocks has mamba2",
+        ),
         (["student.train.augment.device_response_p=0.5"], "device_response_p needs device_response_folder"),
         (["reference={preset: cp-mobile, depth: 3, train: {epochs: 1}}"], "depth cannot be changed"),
         (["reference={preset: cp-mobile, checkpoint: a.pth, train: {epochs: 1}}"], "checkpoint cannot be changed"),

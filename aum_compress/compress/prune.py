@@ -53,13 +53,15 @@ def prune_d_inner(
         A new model rebuilt from its configuration, in evaluation mode, and the widths. `model` is used up.
 
     Raises:
-        AumError: nothing could be removed: the ratio is too small for `round_to`.
+        AumError: nothing could be removed: the ratio is too small for `round_to`; or blocks of another mixer.
     """
     if importance == "taylor":
         if backward is None:
             raise ValueError("importance 'taylor' needs `backward`")
         model.zero_grad()
         backward(model)
+    if others := sorted({block.mixer for block in model.config.blocks} - {"mamba"}):
+        raise AumError(f"prune: works on mamba blocks, and the model has {', '.join(others)}; leave the section out")
     before = tuple(block.mixer.config.d_inner for block in model.layers)
     mixers = [block.mixer for block in model.layers]
     ranking = (
@@ -137,7 +139,8 @@ def _trace_blocks(model: AudioMamba, tokens: Tensor, side_outputs: list[Tensor])
     """The blocks alone: stem, class token and head have no d_inner, and reshapes mislead the tracer."""
     side_outputs.clear()
     for block in model.layers:
-        tokens = block(tokens, model.config.token_grid)
+        # what a block takes for a sequence has no bearing on its channels
+        tokens = tokens + block.mixer(block.norm(tokens))
     return [tokens, *side_outputs]
 
 
