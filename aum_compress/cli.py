@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from aum_compress import __version__
 from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
-from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, print_json
+from aum_compress.cli_options import Json, Out, Precision, RecipeArgument, Settings, print_json
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
 
@@ -69,12 +69,6 @@ class StageName(StrEnum):
     budget = "budget"
     export = "export"
     verify = "verify"
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
 
 
 @app.callback(invoke_without_command=True)

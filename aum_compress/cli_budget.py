@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from aum_compress.cli_options import Json, print_json
+from aum_compress.cli_options import Json, Precision, print_json
 from aum_compress.console import say, show
 from aum_compress.errors import AumError
 
@@ -39,12 +39,6 @@ Limit = Annotated[
 ]
 MaxParamBytes = Annotated[int | None, typer.Option(min=1, help="In place of the named limit's.")]
 MaxMacs = Annotated[int | None, typer.Option(min=1, help="For one second of audio, in place of the named limit's.")]
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
 
 
 class Mixer(StrEnum):

@@ -8,8 +8,8 @@ al. 2023).
     <cache_dir>/<key>/clips.npy     (n,F,T) float16: one view of all clips, in their order
     <cache_dir>/<key>/index.json    SHA-256 of clips.npy
 
-Half the bytes of float32, and an error of at most 0.004 in features from -16 to 16 whose deviation is about 3; what
-that does to logits is measured in docs/distillation.md. A view is an entry of its own, so more can be added later.
+Half the bytes of float32, and an error of at most 0.004 in features whose deviation is about 3
+(`benchmarks/views.py`). A view is an entry of its own, so more can be added later.
 """
 
 import hashlib
