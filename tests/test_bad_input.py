@@ -350,7 +350,7 @@ def test_stopped_in_the_middle_of_an_epoch_then_run_again(long_recipe, unbroken,
     words = ("run", long_recipe, "--out", tmp_path, "--until", "teacher")
     process = tiny_process(INTERRUPT.format(name), *words)
     try:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
