@@ -49,6 +49,11 @@ class AugmentConfig(Section):
 
     time_roll_seconds: NonNegative = 0.1
     """Circular shift by up to this much either way."""
+    window_shift_seconds: NonNegative = 0.0
+    """Of views: the window begins up to this much earlier or later in its recording, as far as training clips of it
+    reach."""
+    speed_factor: Annotated[float, Field(ge=1, le=2)] = 1.0
+    """Of views: the clip is played up to this much faster or slower, pitch and tempo together; 1 switches it off."""
     frequency_mask_mels: Annotated[int, Field(ge=0)] = 0
     time_mask_frames: Annotated[int, Field(ge=0)] = 0
     mixstyle_p: Probability = 0.0
@@ -69,6 +74,10 @@ class AugmentConfig(Section):
         if self.device_response_exclude and not self.device_response_p:
             raise ValueError("device_response_exclude has nothing to leave files out of: device_response_p is 0")
         return self
+
+
+VIEWED = {"time_roll_seconds": 0, "window_shift_seconds": 0, "speed_factor": 1, "device_response_p": 0}
+"""Augmentation that makes views differ -> the value that switches it off."""
 
 
 class TrainConfig(Section):
@@ -102,16 +111,20 @@ class TrainConfig(Section):
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
     views: Positive = 1
     """How many renderings of every training clip are kept in the feature cache; the first is the clip itself. With more
-    than one, roll and impulse responses are drawn for these, each step takes one, and teachers hear the very same."""
+    than one, shift, speed, roll and impulse responses are drawn for these, each step takes one, and teachers hear the
+    very same."""
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
     def _views_differ(self) -> "TrainConfig":
-        if self.views > 1 and not (self.augment.time_roll_seconds or self.augment.device_response_p):
-            raise ValueError(
-                f"views: {self.views} were wanted, and all would be the same: set augment.time_roll_seconds or "
-                "augment.device_response_p above 0"
-            )
+        augment = self.augment
+        drawn = {key: getattr(augment, key) > idle for key, idle in VIEWED.items()}
+        if self.views > 1 and not any(drawn.values()):
+            wanted = ", ".join(f"augment.{key} above {idle}" for key, idle in VIEWED.items())
+            raise ValueError(f"views: {self.views} were wanted, and all would be the same: set one of {wanted}")
+        alone = [key for key in ("window_shift_seconds", "speed_factor") if drawn[key]]
+        if self.views == 1 and alone:
+            raise ValueError(f"augment.{alone[0]}: is drawn for views alone; set views above 1, such as 8")
         return self
 
     @model_validator(mode="after")

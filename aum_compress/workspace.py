@@ -159,6 +159,8 @@ class Workspace:
             count=config.views,
             seed=self.recipe.seed,
             time_roll_seconds=augment.time_roll_seconds,
+            window_shift_seconds=augment.window_shift_seconds,
+            speed_factor=augment.speed_factor,
             device_response_p=augment.device_response_p,
             device_response_folder=augment.device_response_folder,
             device_response_exclude=augment.device_response_exclude,

@@ -104,7 +104,11 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
         ),
         (
             ["student.train.views=4", "student.train.augment.time_roll_seconds=0"],
-            "views: 4 were wanted, and all would be the same: set augment.time_roll_seconds or",
+            "views: 4 were wanted, and all would be the same: set one of augment.time_roll_seconds above 0",
+        ),
+        (
+            ["student.train.augment.speed_factor=1.2"],
+            "augment.speed_factor: is drawn for views alone; set views above 1",
         ),
         (
             ["student.train.augment.device_response_exclude=[a.wav]"],

@@ -90,6 +90,7 @@ def test_parse_name() -> None:
         "street_pedestrian",
         "s3",
         "lisbon-1000",
+        follows="audio/street_pedestrian-lisbon-1000-40000-6-s3.wav",
     )
     of_2020 = parse_name(root, "audio/airport-barcelona-0-12-b.wav")
     assert (of_2020.label, of_2020.group, of_2020.device) == ("airport", "barcelona-0", "b")

@@ -323,7 +323,7 @@ def test_scan_rate_scales_the_steps_of_the_scan_alone(parts, tmp_path):
 def viewed(parts, waveforms, tmp_path_factory):
     folder = tmp_path_factory.mktemp("responses")
     soundfile.write(folder / "thin.wav", np.r_[1.0, -0.9, np.zeros(30)], 16_000)
-    rendering = Rendering(3, 0, 0.02, 0.5, folder)
+    rendering = Rendering(3, 0, 0.02, device_response_p=0.5, device_response_folder=folder)
     return render_views(rendering, parts.train, lambda: waveforms.train, cache_dir=tmp_path_factory.mktemp("views"))
 
 

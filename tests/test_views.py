@@ -87,7 +87,7 @@ def test_view_is_roll_and_response_of_the_waveform(parts, waveforms, irs, tmp_pa
     heard = 0
     for view in range(1, 4):
         for row, clip in enumerate(parts.train.clips):
-            seconds, which = drawn.draw(clip.clip_id, view, 2)
+            _, _, seconds, which = drawn.draw(clip.clip_id, view, 2)
             x = np.roll(waveforms[row : row + 1][0], round(seconds * RATE))
             if which is not None:
                 heard += 1
@@ -110,10 +110,19 @@ def test_draws_depend_on_seed_clip_and_view_alone(irs):
         for c in (3, 9)
     ]
     assert len(set(draws)) == 2 * 2 * 2
-    rolls = np.array([one.draw(f"clip{k}", 1, 2)[0] for k in range(400)])
+    rolls = np.array([one.draw(f"clip{k}", 1, 2).roll_seconds for k in range(400)])
     assert np.abs(rolls).max() <= 0.02
     assert abs(rolls.mean()) < 0.002
-    assert {one.draw(f"clip{k}", 1, 2)[1] for k in range(50)} == {None, 0, 1}
+    assert {one.draw(f"clip{k}", 1, 2).response for k in range(50)} == {None, 0, 1}
+    assert {one.draw(f"clip{k}", 1, 2)[:2] for k in range(50)} == {(0.0, 1.0)}, "switched off"
+    moved = rendering(irs, window_shift_seconds=0.5, speed_factor=1.25)
+    draws = [moved.draw(f"clip{k}", 1, 2) for k in range(400)]
+    assert np.abs([draw.shift_seconds for draw in draws]).max() <= 0.5
+    assert abs(np.mean([draw.shift_seconds for draw in draws])) < 0.05
+    speeds = np.array([draw.speed for draw in draws])
+    assert (speeds.min(), speeds.max()) == (0.8, 1.25)
+    assert abs(np.log(speeds).mean()) < 0.02, "as often slower as faster"
+    assert [draw[2:] for draw in draws] == [one.draw(f"clip{k}", 1, 2)[2:] for k in range(400)], "nothing else moves"
 
 
 def test_views_are_made_once_and_more_can_be_added(parts, waveforms, irs, tmp_path):

@@ -23,6 +23,9 @@ class Clip:
     """What must not be split: the recording place (`city-place`) in TAU, the source file or the group column for class
     folders."""
     start_seconds: float = 0.0
+    follows: str = ""
+    """`clip_id` of the clip that ends, in the same recording of the same device, where this one begins; empty when
+    there is none. It need not be part of the data set."""
 
     @property
     def filename(self) -> str:

@@ -93,7 +93,15 @@ def windows(clip: Clip, clip_seconds: float) -> list[Clip]:
         seconds = 0.0
     # a hair of tolerance, so that 0.1 s windows of a 1 s file are ten
     count = max(1, int(seconds / clip_seconds + 1e-6))
-    return [replace(clip, clip_id=f"{clip.clip_id}#{k}", start_seconds=k * clip_seconds) for k in range(count)]
+    return [
+        replace(
+            clip,
+            clip_id=f"{clip.clip_id}#{k}",
+            start_seconds=k * clip_seconds,
+            follows=f"{clip.clip_id}#{k - 1}" if k else "",
+        )
+        for k in range(count)
+    ]
 
 
 def _read_groups(root: Path, config: FolderData) -> tuple[dict[str, str], dict[str, str]]:

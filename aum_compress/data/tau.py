@@ -40,7 +40,18 @@ def parse_name(root: Path, filename: str) -> Clip | None:
         label=found["scene"],
         device=found["device"],
         group=f"{found['city']}-{found['place']}",
+        follows=_before(filename, found),
     )
+
+
+def _before(filename: str, found: re.Match[str]) -> str:
+    """Name of the one-second part before this one of its ten-second recording: TAU numbers them from 0."""
+    part = found["part"]
+    if part is None or not part.isdecimal() or int(part) == 0:
+        return ""
+    stem = Path(filename).stem
+    start, end = found.span("part")
+    return Path(filename).with_name(f"{stem[:start]}{int(part) - 1}{stem[end:]}.wav").as_posix()
 
 
 def read_meta(root: Path) -> dict[str, Clip]:
@@ -56,6 +67,7 @@ def read_meta(root: Path) -> dict[str, Clip]:
             label=row["scene_label"],
             device=row["source_label"],
             group=row["identifier"],
+            follows=_before(row["filename"], named) if (named := _NAME.fullmatch(Path(row["filename"]).stem)) else "",
         )
         for row in rows
     }

@@ -1,7 +1,8 @@
 """Views: renderings of training clips, drawn once and kept as features, so that a training step computes none.
 
-View 0 is the clip itself. Each other one is the clip rolled in time and, with some probability, played through a
-device's impulse response; which ones is drawn by (seed, clip id, view) and by nothing else. So a teacher can hear the
+View 0 is the clip itself. Each other one begins a little earlier or later in its recording, is played faster or slower,
+rolled in time and, with some probability, heard through a device's impulse response; all of it is drawn by (seed, clip
+id, view) and by nothing else. So a teacher can hear the
 very view that the student hears, with a front-end of its own: "consistent teaching" (Beyer et al. 2022; CED, Dinkel et
 al. 2023).
 
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +30,31 @@ from filelock import FileLock
 
 from aum_compress.audio import augment, frontend, kaldi, mel, reading, resample
 from aum_compress.audio.augment import DeviceResponses
+from aum_compress.data import recordings
 from aum_compress.data.cache import CachedClips, cannot_write, read_entry, seal_entry
 from aum_compress.data.clips import Clip
 from aum_compress.data.config import cache_root
 from aum_compress.data.examine import Progress
+from aum_compress.data.recordings import Recordings
 from aum_compress.errors import DataError
 
 CLEAN = "clean"
 """Name of view 0."""
 BATCH = 64
+_SPEED_STEPS = 100
+"""Speeds are hundredths: a ratio of small whole numbers, of which the resampler has few filters to make."""
+
+
+class Draw(NamedTuple):
+    """How one view of one clip is made, in this order."""
+
+    shift_seconds: float
+    """Later begin of the window, before it is held to what there is of the recording."""
+    speed: float
+    """Seconds of the recording in a second of the view."""
+    roll_seconds: float
+    response: int | None
+    """Number of the impulse response, if any."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,8 @@ class Rendering:
     """K, the clip itself included."""
     seed: int
     time_roll_seconds: float
+    window_shift_seconds: float = 0.0
+    speed_factor: float = 1.0
     device_response_p: float = 0.0
     device_response_folder: Path | None = None
     device_response_exclude: tuple[str, ...] = ()
@@ -60,17 +80,20 @@ class Rendering:
         responses = None
         if self.device_response_p:
             responses = augment.responses_sha256(self.device_response_folder, self.device_response_exclude)
-        described = [self.seed, self.time_roll_seconds, self.device_response_p, responses]
+        sound = [self.time_roll_seconds, self.window_shift_seconds, self.speed_factor]
+        described = [self.seed, *sound, self.device_response_p, responses]
         digests = (hashlib.sha256(json.dumps([*described, view]).encode()) for view in range(1, self.count))
         return (CLEAN, *(digest.hexdigest()[:32] for digest in digests))
 
-    def draw(self, clip_id: str, view: int, n_responses: int) -> tuple[float, int | None]:
-        """Seconds to roll by, and the number of the response to hear the clip through."""
+    def draw(self, clip_id: str, view: int, n_responses: int) -> Draw:
+        """What view `view` of a clip is: shift and roll uniform, speed uniform in its logarithm."""
         digest = hashlib.sha256(json.dumps([self.seed, clip_id, view]).encode()).digest()
         chance = np.random.default_rng(int.from_bytes(digest[:16], "little"))
         roll_seconds = chance.uniform(-self.time_roll_seconds, self.time_roll_seconds)
         heard, which = chance.random() < self.device_response_p, int(chance.integers(max(n_responses, 1)))
-        return roll_seconds, which if heard else None
+        shift_seconds = chance.uniform(-self.window_shift_seconds, self.window_shift_seconds)
+        speed = round(_SPEED_STEPS * self.speed_factor ** chance.uniform(-1, 1)) / _SPEED_STEPS
+        return Draw(shift_seconds, speed, roll_seconds, which if heard else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +181,7 @@ def _render(
     responses = None
     if rendering.device_response_p:
         responses = DeviceResponses(rendering.device_response_folder, rate, rendering.device_response_exclude)
-    waveforms = waveforms.only(clean.clips)
+    sound = Recordings(waveforms.only(clean.clips), rate)
     starts = range(0, len(clean), BATCH)
     done = 0
     for view, entry in entries.items():
@@ -171,7 +194,7 @@ def _render(
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in starts:
                     clips = clean.clips[start : start + BATCH]
-                    heard = _heard(rendering, view, clips, waveforms[start : start + BATCH], responses, rate)
+                    heard = _heard(rendering, view, clips, sound, responses)
                     with torch.inference_mode():
                         features = front_end(heard)[:, 0]
                     file.write(np.ascontiguousarray(features.numpy(), dtype="<f2"))
@@ -188,26 +211,26 @@ def _heard(
     rendering: Rendering,
     view: int,
     clips: Sequence[Clip],
-    waveforms: np.ndarray,
+    sound: Recordings,
     responses: DeviceResponses | None,
-    rate: int,
 ) -> torch.Tensor:
     """One view of clips (B,S), rolled before they are convolved, as in a training step without views."""
     n_responses = 0 if responses is None else len(responses.responses)
     drawn = [rendering.draw(clip.clip_id, view, n_responses) for clip in clips]
-    rolled = [np.roll(x, round(seconds * rate)) for x, (seconds, _) in zip(waveforms, drawn, strict=True)]
+    windows = [sound.window(clip, draw.shift_seconds, draw.speed) for clip, draw in zip(clips, drawn, strict=True)]
+    rolled = [np.roll(x, round(draw.roll_seconds * sound.rate_hz)) for x, draw in zip(windows, drawn, strict=True)]
     out = torch.from_numpy(np.stack(rolled))
-    chosen = [row for row, (_, which) in enumerate(drawn) if which is not None]
+    chosen = [row for row, draw in enumerate(drawn) if draw.response is not None]
     if chosen:
         with torch.inference_mode():
-            out[chosen] = responses.heard_through(torch.tensor([drawn[row][1] for row in chosen]), out[chosen])
+            out[chosen] = responses.heard_through(torch.tensor([drawn[row].response for row in chosen]), out[chosen])
     return out
 
 
 def _key(name: str, clean: CachedClips) -> str:
     """Of a view of these clips: all that decides its content. Front-end and length of a clip are in the key of the
     clips' own features."""
-    modules = (augment, frontend, kaldi, mel, reading, resample, sys.modules[__name__])
+    modules = (augment, frontend, kaldi, mel, reading, recordings, resample, sys.modules[__name__])
     source = "".join(inspect.getsource(module) for module in modules)
     clips = list(zip((clip.clip_id for clip in clean.clips), clean.checksums, strict=True))
     described = [hashlib.sha256(source.encode()).hexdigest(), name, clean.path.parent.name, clips]
