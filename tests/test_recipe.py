@@ -108,7 +108,7 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
         ),
         (
             ["student.train.augment.speed_factor=1.2"],
-            "augment.speed_factor: is drawn for views alone; set views above 1",
+            "augment.speed_factor: is drawn for views alone; set",
         ),
         (
             ["student.train.augment.device_response_exclude=[a.wav]"],
