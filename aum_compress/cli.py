@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from aum_compress import __version__
 from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
+from aum_compress.cli_evaluate import evaluate
 from aum_compress.cli_options import Json, Out, Precision, RecipeArgument, Settings, print_json
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
@@ -181,24 +182,7 @@ def verify(
         result.enforce()
 
 
-@app.command()
-def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx")],
-    data: Annotated[str, typer.Option(metavar="DIR|RECIPE", help="Labelled audio, or a recipe's test part.")],
-    settings: Settings = None,
-    as_json: Json = False,
-) -> None:
-    """Accuracy by class and by device."""
-    from aum_compress.evaluate import evaluate as measure
-    from aum_compress.report.tables import metric_lines
-
-    found = measure(target, data, settings or [])
-    if as_json:
-        print_json({"model": found.model, "measured_with": found.measured_with, "data": found.data, **found.metrics})
-    else:
-        say(f"{found.model} on {found.data}, in {found.measured_with}")
-        for line in metric_lines(found.metrics):
-            say(line)
+app.command()(evaluate)
 
 
 @app.command()

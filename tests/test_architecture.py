@@ -30,7 +30,7 @@ ORDER: tuple[set[str], ...] = (
     {"stages", "publish", "evaluate", "verifying"},
     {"pipeline"},
     {"cli_options"},
-    {"cli_budget", "cli_data"},
+    {"cli_budget", "cli_data", "cli_evaluate"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""

@@ -24,7 +24,7 @@ from aum_compress.report.charts import Series, _ticks, dot_chart, line_chart
 from aum_compress.report.html import render_html
 from aum_compress.report.markdown import render_markdown
 from aum_compress.report.sections import MOST_LAYERS, sections
-from aum_compress.report.tables import metric_lines, plain_lines, print_report, road_table
+from aum_compress.report.tables import plain_lines, print_report, road_table
 from aum_compress.report.verdict import verdict
 from aum_compress.report.write import read_report, report_files
 
@@ -250,17 +250,6 @@ def test_print_report_on_a_terminal_and_in_a_pipe(report, monkeypatch, capsys, t
     assert "1,234,567,890" in printed
     assert Path("exports/quickstart/report.html").as_posix() in printed
     assert "\x1b[" not in printed
-
-
-def test_metric_lines():
-    lines = metric_lines(scores(50.0) | {"log_loss": math.nan})
-    assert lines[0] == "600 clips"
-    assert "accuracy (mean over classes)  50.0 %" in lines
-    assert "log loss                      - nats" in lines
-    assert "  metro_station  53.1 %" in lines
-    assert "by device" in lines
-    without = {key: value for key, value in scores(50.0).items() if key not in ("by_device", "seen", "unseen")}
-    assert "by device" not in metric_lines(without)
 
 
 def test_page_is_whole_in_itself(report):

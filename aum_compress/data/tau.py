@@ -54,6 +54,12 @@ def _before(filename: str, found: re.Match[str]) -> str:
     return Path(filename).with_name(f"{stem[:start]}{int(part) - 1}{stem[end:]}.wav").as_posix()
 
 
+def recording(filename: str) -> str | None:
+    """What all parts of one TAU recording, by all its devices, have in common; None for other names."""
+    found = _NAME.fullmatch(Path(filename).stem)
+    return None if found is None else "-".join(found[key] for key in ("scene", "city", "place", "recording"))
+
+
 def read_meta(root: Path) -> dict[str, Clip]:
     """Clips of `meta.csv` by file name; empty where there is no such file. Raises DataError for a file listed twice."""
     path = root / "meta.csv"

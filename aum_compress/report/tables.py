@@ -50,7 +50,7 @@ def summary_lines(report: Report) -> list[str]:
     """What stands below the road: the shipped model against its limits, each file's verification, what to do next."""
     found = verdict(report)
     files = [(name, verified_cell(report, name).text, checks_passed(report, name)) for name in exported(report)]
-    lines = ["", found.headline, *(_GAP + line for line in (*found.facts, *_aligned(files)))]
+    lines = ["", found.headline, *(_GAP + line for line in (*found.facts, *aligned(files)))]
     if report["road"]:
         devices = "; seen, unseen: devices in training and not" if report["data"]["seen_devices"] else ""
         lines.insert(0, f"accuracy: % of {report['data']['test']:,} test clips, mean over classes{devices}")
@@ -60,39 +60,19 @@ def summary_lines(report: Report) -> list[str]:
 def plain_lines(report: Report) -> list[str]:
     """The whole result in letters alone: the road, then `summary_lines`."""
     rows = [[column.title for column in _COLUMNS], *([cell.text for cell in row] for row in _road(report))]
-    road = _aligned(rows, [column.right for column in _COLUMNS]) if report["road"] else []
+    road = aligned(rows, [column.right for column in _COLUMNS]) if report["road"] else []
     return [*road, *summary_lines(report)]
-
-
-def metric_lines(metrics: dict[str, Any]) -> list[str]:
-    """What `train.metrics.classification_metrics` found, without colour."""
-    whole = [
-        ("accuracy (mean over classes)", f"{figure(metrics['accuracy'], '.1f')} %"),
-        ("accuracy over all clips", f"{figure(metrics['overall_accuracy'], '.1f')} %"),
-        *(
-            (f"{group} devices", f"{figure(metrics[group], '.1f')} %")
-            for group in ("seen", "unseen")
-            if group in metrics
-        ),
-        ("log loss", f"{figure(metrics['log_loss'], '.3f')} nats"),
-    ]
-    lines = [f"{metrics['clips']:,} clips", *_aligned(whole)]
-    for what, key in (("class", "by_class"), ("device", "by_device")):
-        if metrics.get(key):
-            rows = [(name or "(none)", f"{figure(value, '.1f')} %") for name, value in metrics[key].items()]
-            lines += ["", f"by {what}", *(_GAP + line for line in _aligned(rows, (False, True)))]
-    return lines
 
 
 def data_lines(summary: dict[str, Any]) -> list[str]:
     """What `data.check` found: counts, then rejected files by reason and usable ones by class, device and rate."""
     counts = [(key, f"{summary[key]:,}") for key in ("files", "usable", "rejected", "usable_hours")]
-    lines = _aligned([(key.replace("_", " "), value) for key, value in counts], (False, True))
+    lines = aligned([(key.replace("_", " "), value) for key, value in counts], (False, True))
     for key in ("by_reason", "by_class", "by_device", "by_sample_rate_hz"):
         if summary[key]:
             what = key.removeprefix("by_").replace("_", " ")
             rows = [(name, f"{count:,}") for name, count in summary[key].items()]
-            lines += ["", f"by {what}", *(_GAP + line for line in _aligned(rows, (False, True)))]
+            lines += ["", f"by {what}", *(_GAP + line for line in aligned(rows, (False, True)))]
     return lines
 
 
@@ -112,7 +92,7 @@ def _road(report: Report) -> list[tuple[Cell, ...]]:
     ]
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[str]:
     """Columns padded to their widest cell; those marked `right` on their left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     right = right or [False] * len(widths)

@@ -1,0 +1,1 @@
+"""Measuring a model on labelled audio: figures with intervals, predictions, comparison of two models."""
