@@ -47,13 +47,16 @@ BLOCKS = st.one_of(*MIXERS.values())
 
 STRIDES = st.integers(1, 3)
 PLAIN_STAGES = st.builds(ConvStage, channels=WIDTHS, stride_mels=STRIDES, stride_frames=STRIDES, expansion=st.just(0.0))
-STAGES = st.builds(
+INVERTED_STAGES = st.builds(
     ConvStage,
     channels=WIDTHS,
     stride_mels=STRIDES,
     stride_frames=STRIDES,
-    expansion=st.sampled_from([0.0, 1.0, 1.7, 3.0]),
+    expansion=st.sampled_from([1.0, 1.7, 3.0]),
+    hidden=st.one_of(st.none(), WIDTHS),  # as pruning leaves it
+    shortcut=st.sampled_from([None, False]),
 )
+STAGES = st.one_of(PLAIN_STAGES, INVERTED_STAGES)
 STEMS: dict[str, st.SearchStrategy[ConvStem | PatchStem]] = {
     "conv": st.builds(
         lambda first, rest, token, folded: ConvStem(stages=(first, *rest), token=token, folded=folded),

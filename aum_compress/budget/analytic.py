@@ -92,7 +92,7 @@ def _stem(config: AudioMambaConfig) -> dict[str, int]:
         stride = (stage.stride_mels, stage.stride_frames)
         place = f"{name}.stages.{number}"
         if stage.expansion:
-            hidden = max(8, round(inputs * stage.expansion))
+            hidden = stage.hidden_channels(inputs)
             found |= _inverted_residual(place, inputs, hidden, stage.channels, grid, stride)
             grid = _strided(grid, stride)
         else:

@@ -142,7 +142,7 @@ def _stem(config: AudioMambaConfig) -> dict[str, _Layer]:
 def _stage(name: str, inputs: int, stage: ConvStage) -> dict[str, _Layer]:
     if not stage.expansion:
         return {f"{name}.0": _with_bias(stage.channels, inputs, 3, 3)}
-    hidden = max(8, round(inputs * stage.expansion))
+    hidden = stage.hidden_channels(inputs)
     return {
         f"{name}.layers.0.0": _with_bias(hidden, inputs, 1, 1),
         f"{name}.layers.1.0": _with_bias(hidden, 1, 3, 3),

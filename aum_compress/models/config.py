@@ -7,7 +7,16 @@ section 2: `M` d_model, `D` d_inner, `N` d_state, `R` dt_rank, `K` conv taps, `L
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Grid = tuple[int, int]
@@ -125,6 +134,33 @@ class ConvStage(Frozen):
     stride_mels: Annotated[int, Field(ge=1, le=4)] = 2
     stride_frames: Annotated[int, Field(ge=1, le=4)] = 1
     expansion: Annotated[float, Field(ge=0)] = 2.0
+    hidden: Positive | None = None
+    """Channels between expansion and projection, in place of what `expansion` makes of the stage's inputs."""
+    shortcut: bool | None = None
+    """Whether an inverted residual adds its inputs to its outputs; where left out, it does so where shapes allow."""
+
+    def hidden_channels(self, inputs: int) -> int:
+        """Of an inverted residual that reads `inputs` channels."""
+        return self.hidden or max(8, round(inputs * self.expansion))
+
+    def has_shortcut(self, inputs: int) -> bool:
+        """Of a stage that reads `inputs` channels."""
+        fits = inputs == self.channels and (self.stride_mels, self.stride_frames) == (1, 1)
+        return self.expansion > 0 and (fits if self.shortcut is None else self.shortcut)
+
+    @model_validator(mode="after")
+    def _plain_stages_have_no_inside(self) -> "ConvStage":
+        if not self.expansion and (self.hidden is not None or self.shortcut):
+            raise ValueError("hidden, shortcut: belong to an inverted residual, and expansion 0 is a plain convolution")
+        if self.shortcut and (self.stride_mels, self.stride_frames) != (1, 1):
+            raise ValueError("shortcut: needs strides of 1, so that outputs lie where inputs do")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leaves_out_what_pruning_alone_sets(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # a stage that was never pruned is written as before these keys: its cards and hashes stay what they were
+        written = write(self)
+        return {key: value for key, value in written.items() if value is not None}
 
 
 class ConvStem(Frozen):
@@ -141,6 +177,15 @@ class ConvStem(Frozen):
     def _first_stage_is_plain(self) -> "ConvStem":
         if self.stages[0].expansion:
             raise ValueError("stages.0.expansion must be 0: the first stage reads one channel")
+        return self
+
+    @model_validator(mode="after")
+    def _shortcuts_fit(self) -> "ConvStem":
+        for number, (before, stage) in enumerate(zip(self.stages, self.stages[1:]), start=1):
+            if stage.shortcut and before.channels != stage.channels:
+                raise ValueError(
+                    f"stages.{number}.shortcut: adds {before.channels} channels to {stage.channels}; wanted as many"
+                )
         return self
 
 

@@ -44,9 +44,9 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, inputs: int, stage: ConvStage, folded: bool) -> None:
         super().__init__()
-        hidden = max(8, round(inputs * stage.expansion))
+        hidden = stage.hidden_channels(inputs)
         stride = (stage.stride_mels, stage.stride_frames)
-        self.shortcut = inputs == stage.channels and stride == (1, 1)
+        self.shortcut = stage.has_shortcut(inputs)
         self.layers = nn.Sequential(
             conv_norm(inputs, hidden, folded=folded),
             conv_norm(hidden, hidden, 3, stride, groups=hidden, folded=folded),
