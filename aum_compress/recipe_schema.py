@@ -155,7 +155,7 @@ class ModelSection(Section):
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
     pool: Literal["class_token", "mean"] | None = None
     position: Literal["absolute", "rope", "none"] | None = None
-    head: Literal["linear", "mlp"] | None = None
+    head: Literal["linear", "mlp", "batch_norm"] | None = None
 
     _reads_directions = model_validator(mode="before")(block_type_for_directions)
 

@@ -80,11 +80,12 @@ def audio_mambas(draw, blocks: st.SearchStrategy[Block] = BLOCKS) -> AudioMambaC
     """A small AuM or student: up to three different blocks on up to 20 x 20 features."""
     pool = draw(st.sampled_from(["class_token", "mean"]))
     chosen = draw(st.lists(blocks, min_size=1, max_size=3))
-    positions = ["absolute", "rope", "none"]
+    positions, heads = ["absolute", "rope", "none"], ["linear", "mlp"]
     if pool == "class_token":  # stands in no row and no column
         chosen = [block.model_copy(update={"along": "tokens"}) for block in chosen]
     else:
         positions.append("factorised")
+        heads.append("batch_norm")
     return AudioMambaConfig(
         n_mels=draw(st.integers(8, 20)),
         n_frames=draw(st.integers(8, 20)),
@@ -94,7 +95,7 @@ def audio_mambas(draw, blocks: st.SearchStrategy[Block] = BLOCKS) -> AudioMambaC
         stem=draw(st.one_of(*STEMS.values())),
         pool=pool,
         position=draw(st.sampled_from(positions)),
-        head=draw(st.sampled_from(["linear", "mlp"])),
+        head=draw(st.sampled_from(heads)),
     )
 
 

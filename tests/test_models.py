@@ -184,13 +184,40 @@ def test_activation_checkpointing_changes_no_gradient(block_type):
         torch.testing.assert_close(plain, again, rtol=1e-6, atol=1e-7)
 
 
+def test_batch_norm_head_normalises_the_logits_of_tokens_and_averages_them():
+    model = build_model(student_config(token="cell").model_copy(update=BATCH_NORM_HEAD)).train()
+    x = features()
+    tokens = model.embed(x)
+    grid = model.config.token_grid
+    for block in model.layers:
+        tokens = block(tokens, grid)
+    logits = model.head(model.norm_f(tokens))  # (B,L,C)
+    mean, variance = logits.mean((0, 1)), logits.var((0, 1), unbiased=False)
+    wanted = ((logits - mean) / (variance + 1e-5).sqrt()).mean(1)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="head batch_norm: reads every token"):
+        AudioMambaConfig.model_validate(dict(aum_config()) | {"head": "batch_norm", "pool": "class_token"})
+
+
 def test_rms_norm():
     norm = RMSNorm(8)
     x = torch.randn(3, 8) * 5
     torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (8,), eps=1e-5))
 
 
-@pytest.mark.parametrize("config", [student_config(), student_config(token="cell"), cp_config()])
+BATCH_NORM_HEAD = {"head": "batch_norm", "pool": "mean"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        student_config(),
+        student_config(token="cell"),
+        student_config(token="cell").model_copy(update=BATCH_NORM_HEAD),
+        aum_config().model_copy(update=BATCH_NORM_HEAD),
+        cp_config(),
+    ],
+)
 def test_folding_batch_norm_changes_nothing_but_the_size(config):
     model = trained_like(config)
     folded = fold_batch_norm(model)

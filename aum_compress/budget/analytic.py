@@ -54,7 +54,9 @@ def _audio_mamba(config: AudioMambaConfig) -> dict[str, int]:
     if config.head == "mlp":
         width = MLP_HEAD_WIDTH
         return found | {"head.hidden": d_model * width, "head.classes": width * config.n_classes}
-    return found | {"head": d_model * config.n_classes}
+    # with batch normalisation, until it is folded, each token has logits
+    readings = config.n_tokens if config.head == "batch_norm" else 1
+    return found | {"head": readings * d_model * config.n_classes}
 
 
 def _mixer(name: str, block: Block, d_model: int, sequences: tuple[int, int]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import opset18
-from torch import Tensor, nn
+from torch import Tensor
 
 from aum_compress import __version__
 from aum_compress.errors import ModelFileError
@@ -20,7 +20,7 @@ from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half, tidy
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
 from aum_compress.export.ssd_function import SSD_NAMES, ssd_function
-from aum_compress.models.factory import Model, fold_batch_norm
+from aum_compress.models.factory import Model, fold_batch_norm, folded_config
 from aum_compress.models.quantized import round_to_half_, stored_tensors
 
 IR_VERSION, OPSET = 10, 20
@@ -54,7 +54,7 @@ def export_onnx(model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_bat
 
 def fold_if_needed(model: Model) -> Model:
     """`model`, or a copy with batch normalisation folded where it has any: what is exported."""
-    return fold_batch_norm(model) if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else model
+    return model if model.config == folded_config(model.config) else fold_batch_norm(model)
 
 
 def round_to_half(model: Model) -> Model:

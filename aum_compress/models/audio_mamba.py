@@ -43,6 +43,7 @@ class AudioMamba(nn.Module):
         self.layers = nn.ModuleList(ResidualBlock(d_model, block, config.sequence(block)[1]) for block in config.blocks)
         self.norm_f = RMSNorm(d_model)
         self.head = build_head(config)
+        self.head_norm = nn.BatchNorm1d(config.n_classes) if config.head == "batch_norm" else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -78,6 +79,8 @@ class AudioMamba(nn.Module):
             else:
                 tokens = block(tokens, grid, between)
         tokens = self.norm_f(tokens)
+        if self.head_norm is not None:
+            return self.head_norm(self.head(tokens).transpose(1, 2)).mean(2)
         if self.cls_token is None:
             # normalised first, so that no single loud frame decides the mean
             return self.head(tokens.mean(1))

@@ -204,8 +204,9 @@ class AudioMambaConfig(Frozen):
     position: Literal["absolute", "factorised", "rope", "none"] = "none"
     """`absolute`: a learned vector a token. `factorised`: one a row and one a column, added. `rope`: what enters a
     block is turned by its place; nothing is stored."""
-    head: Literal["linear", "mlp"] = "linear"
-    """`mlp`: LayerNorm, dropout, 512 units, ReLU, dropout, classes."""
+    head: Literal["linear", "mlp", "batch_norm"] = "linear"
+    """`mlp`: LayerNorm, dropout, 512 units, ReLU, dropout, classes. `batch_norm`: logits of each token are normalised
+    over the batch and then averaged, as CP-Mobile's; once folded it is `linear`."""
 
     @property
     def grid(self) -> Grid:
@@ -230,6 +231,12 @@ class AudioMambaConfig(Frozen):
                 f"stem: leaves a {rows} x {columns} grid of {self.n_mels} mel bins x {self.n_frames} frames; "
                 "use smaller patches or strides"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _head_has_tokens(self) -> "AudioMambaConfig":
+        if self.head == "batch_norm" and self.pool == "class_token":
+            raise ValueError("head batch_norm: reads every token, and a class token is but one; use pool mean")
         return self
 
     @model_validator(mode="after")

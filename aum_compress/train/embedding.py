@@ -13,7 +13,8 @@ class HeadInput:
 
     def _note(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        self.value = x.mean((2, 3)) if x.dim() == 4 else x  # CP-Mobile's head is a convolution, pooled behind it
+        # CP-Mobile's head is a convolution, one with batch normalisation reads each token: both are pooled behind it
+        self.value = x.mean((2, 3)) if x.dim() == 4 else x.mean(1) if x.dim() == 3 else x
 
     def remove(self) -> None:
         self._handle.remove()
