@@ -5,7 +5,6 @@ Heavy packages are imported inside the verbs, so that `--help` answers at once.
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,8 @@ from aum_compress import __version__
 from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
 from aum_compress.cli_evaluate import evaluate
-from aum_compress.cli_options import Json, Out, Precision, RecipeArgument, Settings, print_json
+from aum_compress.cli_options import Json, Out, Precision, RecipeArgument, Settings, StageName, print_json
+from aum_compress.cli_sweep import sweep
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
 
@@ -57,19 +57,6 @@ app = typer.Typer(
 app.add_typer(budget_app, name="budget")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
-
-
-class StageName(StrEnum):
-    data = "data"
-    reference = "reference"
-    teacher = "teacher"
-    student = "student"
-    distill = "distill"
-    prune = "prune"
-    quantize = "quantize"
-    budget = "budget"
-    export = "export"
-    verify = "verify"
 
 
 @app.callback(invoke_without_command=True)
@@ -113,6 +100,7 @@ app.command("train")(_stage_verb("the models that learn from labels alone: refer
 app.command("distill")(_stage_verb("the distilled student", "distill"))
 app.command("prune")(_stage_verb("the pruned student", "prune"))
 app.command("quantize")(_stage_verb("the quantised student", "quantize"))
+app.command("sweep")(sweep)
 
 
 def _run(

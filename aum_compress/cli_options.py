@@ -14,6 +14,19 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
+class StageName(StrEnum):
+    data = "data"
+    reference = "reference"
+    teacher = "teacher"
+    student = "student"
+    distill = "distill"
+    prune = "prune"
+    quantize = "quantize"
+    budget = "budget"
+    export = "export"
+    verify = "verify"
+
+
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a path.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe value; repeatable.")

@@ -29,6 +29,10 @@ class ModelFileError(AumError):
     """An ONNX file or a checkpoint that is not what it should be."""
 
 
+class TrainingDiverged(AumError):
+    """A loss that is no number any more."""
+
+
 class BudgetExceeded(AumError):
     """A model over its limit on bytes or MACs."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from aum_compress.budget.records import enforce
+from aum_compress.budget.records import BudgetReport, enforce
 from aum_compress.bundle import Bundle, now, tool_versions
 from aum_compress.console import log, only_errors_of
 from aum_compress.errors import AumError, RecipeError
@@ -140,7 +140,7 @@ def _finished(space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle
         return _report_without_export(space, bundles)
 
     if recipe.budget:
-        _check_budget(space, newest)
+        enforce(shipped_budget(space, newest))
     if not recipe.export or "export" not in wanted:
         return _report_without_export(space, bundles)
     exported = export(space, full, quantized)
@@ -155,10 +155,10 @@ def _finished(space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle
     return Outcome(report, space.exports, bundles)
 
 
-def _check_budget(space: Workspace, newest: Bundle) -> None:
-    """The gate, on the model that will ship: an fp32 bundle ships as fp16 where the recipe exports that."""
+def shipped_budget(space: Workspace, newest: Bundle) -> BudgetReport:
+    """Of the model as it will ship: an fp32 bundle ships as fp16 where the recipe exports that."""
     half = newest.card.precision == "int8" or bool(space.recipe.export and "fp16" in space.recipe.export.precisions)
-    enforce(space.budget(newest.load_model(), half=half))
+    return space.budget(newest.load_model(), half=half)
 
 
 def _report_without_export(space: Workspace, bundles: dict[str, Bundle]) -> Outcome:

@@ -154,7 +154,7 @@ class ModelSection(Section):
     d_inner, d_state, dt_rank and block_type: the only way to name another mixer than mamba, or blocks that differ."""
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")] | None = None
     pool: Literal["class_token", "mean"] | None = None
-    position: Literal["absolute", "rope", "none"] | None = None
+    position: Literal["absolute", "factorised", "rope", "none"] | None = None
     head: Literal["linear", "mlp", "batch_norm"] | None = None
 
     _reads_directions = model_validator(mode="before")(block_type_for_directions)

@@ -29,8 +29,9 @@ ORDER: tuple[set[str], ...] = (
     {"teaching"},
     {"stages", "publish", "evaluate", "verifying"},
     {"pipeline"},
+    {"sweep"},
     {"cli_options"},
-    {"cli_budget", "cli_data", "cli_evaluate"},
+    {"cli_budget", "cli_data", "cli_evaluate", "cli_sweep"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""

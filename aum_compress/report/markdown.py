@@ -15,9 +15,9 @@ def render_markdown(report: Report) -> str:
     """One document with every figure of `render_html`, tables in place of charts."""
     found = verdict(report)
     lines = [
-        f"# {_escaped(report['recipe'])}: {_escaped(found.headline.lower())}",
+        f"# {escaped(report['recipe'])}: {escaped(found.headline.lower())}",
         "",
-        *(f"- {_escaped(fact)}" for fact in found.facts),
+        *(f"- {escaped(fact)}" for fact in found.facts),
     ]
     if report["next"]:
         # an indented block takes any command as it is
@@ -25,15 +25,15 @@ def render_markdown(report: Report) -> str:
     for section in sections(report):
         lines += ["", f"## {section.title}"]
         for paragraph in section.paragraphs:
-            lines += ["", _escaped(paragraph)]
+            lines += ["", escaped(paragraph)]
         for table in section.tables:
-            lines += ["", f"**{_escaped(table.title)}**", "", *_table(table)]
+            lines += ["", f"**{escaped(table.title)}**", "", *_table(table)]
     return "\n".join([*lines, ""])
 
 
 def _table(table: Table) -> list[str]:
     return [
-        _row([_escaped(column.title) for column in table.columns]),
+        _row([escaped(column.title) for column in table.columns]),
         _row(["---:" if column.right else "---" for column in table.columns]),
         *(_row([_cell(cell) for cell in row]) for row in table.rows),
     ]
@@ -41,13 +41,13 @@ def _table(table: Table) -> list[str]:
 
 def _cell(cell: Cell) -> str:
     mark = "" if cell.good is None or cell.fraction is not None else "✓ " if cell.good else "✗ "
-    return mark + _escaped(cell.text)
+    return mark + escaped(cell.text)
 
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """One line that shows `text` and nothing else."""
     return _SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))

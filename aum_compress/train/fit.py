@@ -18,7 +18,7 @@ from aum_compress.audio.augment import DeviceResponses
 from aum_compress.audio.config import InputSpec
 from aum_compress.console import Reporter, log, progress
 from aum_compress.data.datamodule import ClipsDataModule
-from aum_compress.errors import AumError
+from aum_compress.errors import AumError, TrainingDiverged
 from aum_compress.recipe_schema import DistillSection, TrainConfig
 from aum_compress.train.allocator import keep_freed_memory
 from aum_compress.train.distributed import ALONE, FirstProcessFailed, Ranks, lost_process
@@ -256,7 +256,7 @@ class _History(L.Callback):
             return
         if not self.ranks.is_first:
             raise FirstProcessFailed
-        raise AumError(
+        raise TrainingDiverged(
             f"training diverged in epoch {trainer.current_epoch + 1}: the loss is {loss}. "
             "Lower learning_rate, raise warmup_epochs, or use precision 32"
         )
