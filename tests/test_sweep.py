@@ -295,7 +295,7 @@ def test_shapes_of_students_fit_or_are_refused_with_a_reason(tiny, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from student_sweep import SPACE, student
 
-    sweep = replace(tiny("seed=1"), compose=student)
+    sweep = replace(tiny("seed=1", student={"preset": "student"}), compose=student)
     generator, resolved = random.Random(0), []
     for _ in range(80):
         values = values_of(SPACE, {key: generator.choice(list(varied.values)) for key, varied in SPACE.items()})
