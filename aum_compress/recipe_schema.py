@@ -27,6 +27,7 @@ from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Preset = Literal["aum-tiny", "aum-small", "aum-base", "student", "student-int8", "student-fp16", "cp-mobile"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -142,7 +143,7 @@ NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobil
 class ModelSection(Section):
     """A preset and what is changed about it. Widths given here hold for every block."""
 
-    preset: Literal["aum-tiny", "aum-small", "aum-base", "student", "cp-mobile"]
+    preset: Preset
     d_model: Positive | None = None
     depth: Positive | None = None
     d_inner: Positive | None = None
@@ -224,7 +225,7 @@ class TrainedModelSection(ModelSection):
 class StudentSection(ModelSection):
     """The small model. Without `train` it is not trained on labels alone first: distillation starts it afresh."""
 
-    preset: Literal["aum-tiny", "aum-small", "aum-base", "student", "cp-mobile"] = "student"
+    preset: Preset = "student"
     train: TrainConfig | None = None
 
 

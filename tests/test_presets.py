@@ -1,0 +1,30 @@
+"""Named students: each within the limits of its lane, by the counters that gate exports."""
+
+import pytest
+
+from aum_compress.budget.analytic import analytic_macs
+from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.models.factory import folded_config
+from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
+from aum_compress.recipe_schema import StudentSection
+
+LANES = {"student-int8": ("int8", 128_000, 94_053), "student-fp16": ("fp16", 2 * 64_000, 119_444)}
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_each_lane_keeps_its_limits_with_ten_classes(name):
+    precision, limit, param_bytes = LANES[name]
+    config = folded_config(PRESETS[name](PRESET_MELS, PRESET_FRAMES, 10))
+    stored = analytic_stored(config, precision).values()
+    assert sum(layer.param_bytes for layer in stored) == param_bytes <= limit
+    assert sum(layer.params for layer in stored) <= limit // (2 if precision == "fp16" else 1)
+    assert 0.7 * 30e6 < sum(analytic_macs(config).values()) <= 30e6
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_lanes_read_small_features_and_many_classes_too(name):
+    """A folder of recordings at 16 kHz through 64 mel bins, 35 key words."""
+    config = folded_config(StudentSection(preset=name).resolve(64, 51, 35))
+    assert config.token_grid == (4, 7)
+    precision, limit, _ = LANES[name]
+    assert sum(layer.param_bytes for layer in analytic_stored(config, precision).values()) <= limit
