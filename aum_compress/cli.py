@@ -15,7 +15,8 @@ from aum_compress import __version__
 from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
 from aum_compress.cli_evaluate import evaluate
-from aum_compress.cli_options import Json, Out, Precision, RecipeArgument, Settings, StageName, print_json
+from aum_compress.cli_export import export
+from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
 from aum_compress.cli_sweep import sweep
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
@@ -127,25 +128,7 @@ def _run(
         print_report(outcome.report, outcome.folder)
 
 
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that holds a model.")],
-    folder: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write; replaced as a whole.")],
-    precision: Annotated[
-        list[Precision] | None,
-        typer.Option(help="fp32 or fp16 of a float bundle, int8 of a quantised one; repeatable."),
-    ] = None,
-) -> None:
-    """Export the model of one bundle to ONNX and verify it."""
-    from aum_compress.bundle import read_bundle
-    from aum_compress.publish import export_bundle, file_name
-
-    bundle = read_bundle(source)
-    default = ("int8",) if bundle.card.precision == "int8" else ("fp32", "fp16")
-    precisions = tuple(p.value for p in precision) if precision else default
-    export_bundle(bundle, folder, precisions)
-    for name in precisions:
-        say(f"{folder / file_name(name)}  verified")
+app.command()(export)
 
 
 @app.command()

@@ -203,7 +203,7 @@ def build_report(space: Workspace, bundles: dict[str, Bundle], shipped: list[Shi
         "road": road,
         "budget": gated.budget.to_dict() if gated else newest.card.budget if newest else None,
         "gated": gated.path.name if gated else newest.path.name if newest else None,
-        "verification": {file.path.name: file.verification.to_dict() for file in shipped if file.verification},
+        "verification": {v.path.name: v.to_dict() for file in shipped for v in file.verifications},
         "training": {name: b.card.notes["history"] for name, b in bundles.items() if "history" in b.card.notes},
         "pruning": bundles["prune"].card.notes["steps"] if "prune" in bundles else None,
         "next": f"aum-compress predict {space.exports / gated.path.name} YOUR.wav" if gated else "",

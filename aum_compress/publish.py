@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aum_compress.audio.reading import read_audio
 from aum_compress.budget.check import check_model
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import BudgetReport
@@ -26,12 +27,13 @@ from aum_compress.bundle import (
 )
 from aum_compress.console import log, progress
 from aum_compress.errors import BundleError, VerificationFailed
-from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.runtime import Classifier
 from aum_compress.export.verification import Verification
 from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.export.verify_inputs import golden_file
+from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.factory import Model
 from aum_compress.models.quantized import stored_tensors
 from aum_compress.recipe import dump_recipe
@@ -43,18 +45,19 @@ BUDGET_KEYS = ("verdict", "param_bytes", "params", "macs", "dcase_bytes", "dcase
 
 @dataclass(frozen=True)
 class ShippedFile:
-    """One ONNX file with what was found out about it."""
+    """One ONNX file that reads features with what was found out about it, and about the one that reads waveforms."""
 
     precision: str
     path: Path
     budget: BudgetReport
     test: dict[str, Any]
     """Metrics of the file in onnxruntime on the test part."""
-    verification: Verification | None
+    verifications: tuple[Verification, ...]
+    """Of the file itself, then of the one with the front-end inside; empty where the recipe does not verify."""
 
 
-def file_name(precision: str) -> str:
-    return f"model-{precision}.onnx"
+def file_name(precision: str, reads: Reads = FEATURES) -> str:
+    return f"model-{precision}.onnx" if reads == FEATURES else f"model-{precision}-{reads}.onnx"
 
 
 def gated_precision(precisions: tuple[str, ...]) -> str:
@@ -93,6 +96,10 @@ def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
             target = Path(folder) / file_name(precision)
             export_onnx(model, target, _metadata(space, source, model, precision), dynamic_batch=section.dynamic_batch)
             files[target.name] = target
+            if section.waveform:
+                with_front_end = Path(folder) / file_name(precision, WAVEFORM)
+                write_waveform_file(target, with_front_end, section.input_rate_hz)
+                files[with_front_end.name] = with_front_end
             reporter.advance(done, len(models))
         files[GOLDEN] = golden_file(golden_inputs(space.spec), models)
         files[RECIPE] = dump_recipe(space.recipe).encode()
@@ -108,20 +115,25 @@ def verify_and_measure(space: Workspace, exported: Bundle, full: Bundle, quantiz
     Raises:
         VerificationFailed: a file that does not compute what its model does; nothing is published then.
     """
-    section = space.recipe.verify
-    precisions = space.recipe.export.precisions
+    section, precisions = space.recipe.verify, space.recipe.export.precisions
     models = torch_models(full, quantized, precisions)
     clips = space.normalised("test", section.clips) if section and section.clips else None
+    recordings = _recordings(space, section.clips) if section and space.recipe.export.waveform else None
     shipped = []
     for precision in precisions:
         path = exported.path / file_name(precision)
-        verification = None
+        verifications = []
         if section:
+            reference = Reference(models[precision], space.labels, space.spec)
             with progress(f"verify: {path.name}"):
-                verification = verify_onnx(path, Reference(models[precision], space.labels, space.spec), clips=clips)
+                verifications.append(verify_onnx(path, reference, clips=clips))
+            if space.recipe.export.waveform:
+                with_front_end = exported.path / file_name(precision, WAVEFORM)
+                with progress(f"verify: {with_front_end.name}"):
+                    verifications.append(verify_onnx(with_front_end, reference, clips=clips, waveforms=recordings))
         budget = check_onnx(path, space.limits, config=models[precision].config)
-        shipped.append(ShippedFile(precision, path, budget, _accuracy(space, path), verification))
-    failed = [file.verification for file in shipped if file.verification and not file.verification.passed]
+        shipped.append(ShippedFile(precision, path, budget, _accuracy(space, path), tuple(verifications)))
+    failed = [found for file in shipped for found in file.verifications if not found.passed]
     if failed:
         raise VerificationFailed("\n".join(line for verification in failed for line in verification.lines()))
     return shipped
@@ -153,14 +165,40 @@ def published(space: Workspace, exported: Bundle) -> dict[str, Any] | None:
     return json.loads((bundle.path / "report.json").read_text(encoding="utf-8"))
 
 
-def export_bundle(bundle: Bundle, folder: Path, precisions: tuple[str, ...]) -> Bundle:
+def _recordings(space: Workspace, count: int) -> np.ndarray | None:
+    """(count,S) test clips, evenly spread, as the files read them that have a front-end inside."""
+    if not count:
+        return None
+    rate = space.recipe.export.input_rate_hz or space.spec.front_end.sample_rate_hz
+    clips = space.parts.test.clips
+    chosen = [clips[place] for place in np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)]
+    seconds = space.spec.clip_seconds
+    found = np.zeros((len(chosen), round(rate * seconds)), dtype=np.float32)
+    for row, clip in zip(found, chosen):
+        samples = read_audio(clip.path, rate, start_seconds=clip.start_seconds, duration_seconds=seconds)[: len(row)]
+        row[: len(samples)] = samples
+    return found
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export_bundle` writes."""
+
+    precisions: tuple[str, ...]
+    inputs: tuple[Reads, ...] = (FEATURES, WAVEFORM)
+    input_rate_hz: int | None = None
+    """Of the waveform; the front-end's own rate when left out."""
+    dynamic_batch: bool = False
+
+
+def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundle:
     """Exports and verifies the model of one bundle, without a recipe or data: `folder` becomes a bundle of kind onnx.
 
     Raises:
         BundleError: int8 from a model that is not quantised, or a float precision from one that is.
         VerificationFailed: nothing is written then.
     """
-    card = bundle.card
+    card, precisions = bundle.card, options.precisions
     is_int8 = card.precision == "int8"
     if wrong := [precision for precision in precisions if (precision == "int8") != is_int8]:
         able = "int8" if is_int8 else "fp32 and fp16"
@@ -179,10 +217,13 @@ def export_bundle(bundle: Bundle, folder: Path, precisions: tuple[str, ...]) -> 
                 recipe=card.recipe,
                 parent_sha256=bundle.sha256,
             )
-            target = Path(beside) / file_name(precision)
-            export_onnx(model, target, metadata)
-            verify_onnx(target, Reference(model, card.labels, card.input)).enforce()
-            files[target.name] = target
+            targets = {reads: Path(beside) / file_name(precision, reads) for reads in (FEATURES, WAVEFORM)}
+            export_onnx(model, targets[FEATURES], metadata, dynamic_batch=options.dynamic_batch)
+            if WAVEFORM in options.inputs:
+                write_waveform_file(targets[FEATURES], targets[WAVEFORM], options.input_rate_hz)
+            for reads in options.inputs:
+                verify_onnx(targets[reads], Reference(model, card.labels, card.input)).enforce()
+                files[targets[reads].name] = targets[reads]
         exported = card.model_copy(
             update={
                 "kind": "onnx",

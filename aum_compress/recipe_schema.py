@@ -287,6 +287,10 @@ class BudgetSection(Section):
 
 class ExportSection(Section):
     precisions: Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], Field(min_length=1)] = ("fp32", "fp16", "int8")
+    waveform: bool = True
+    """Beside each file that reads features, one that reads samples and has the front-end inside."""
+    input_rate_hz: Annotated[int, Field(gt=0)] | None = None
+    """Of the samples that those files read, and resample; the front-end's own rate when left out."""
     dynamic_batch: bool = False
     name: FolderName | None = None
     """Folder below exports/; the recipe's name when left out."""
@@ -354,6 +358,8 @@ class Recipe(Section):
             problems.append(f"distill.{NO_BLOCKS}")
         if self.export and "int8" in self.export.precisions and self.quantize is None:
             problems.append("export.precisions: int8 needs a quantize section")
+        if self.export and self.export.input_rate_hz and not self.export.waveform:
+            problems.append("export.input_rate_hz: of files that read waveforms, and export.waveform is false")
         if self.verify and self.export is None:
             problems.append("verify: needs an export section")
         if problems:

@@ -6,9 +6,9 @@ import numpy as np
 
 from aum_compress.bundle import CARD, Bundle, read_bundle
 from aum_compress.errors import BundleError
-from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.metadata import WAVEFORM, OnnxMetadata
 from aum_compress.export.onnx_writer import fold_if_needed, round_to_half
-from aum_compress.export.runtime import clip_features, open_session, read_metadata
+from aum_compress.export.runtime import clip_features, clip_input, open_session, read_metadata
 from aum_compress.export.verification import Verification
 from aum_compress.export.verify import Reference, verify_onnx
 
@@ -35,7 +35,8 @@ def verify_target(target: Path, reference: Path | None, recordings: list[Path]) 
     for file in files:
         metadata = read_metadata(open_session(file), file)
         clips = _features(recordings, metadata) if recordings else None
-        results.append(verify_onnx(file, _reference(model, metadata), clips=clips))
+        waveforms = _waveforms(recordings, metadata) if recordings and metadata.reads == WAVEFORM else None
+        results.append(verify_onnx(file, _reference(model, metadata), clips=clips, waveforms=waveforms))
     return results
 
 
@@ -59,3 +60,12 @@ def _features(recordings: list[Path], metadata: OnnxMetadata) -> np.ndarray:
 
     clips = (read_audio(path, metadata.sample_rate_hz, duration_seconds=metadata.clip_seconds) for path in recordings)
     return np.concatenate([clip_features(clip, metadata) for clip in clips])
+
+
+def _waveforms(recordings: list[Path], metadata: OnnxMetadata) -> np.ndarray:
+    """(B,S) of the same windows, as the file reads them."""
+    from aum_compress.audio.reading import read_audio
+
+    rate, seconds = metadata.waveform_rate_hz, metadata.clip_seconds
+    clips = (read_audio(path, rate, duration_seconds=seconds) for path in recordings)
+    return np.concatenate([clip_input(clip, metadata) for clip in clips])

@@ -10,6 +10,7 @@ from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.export.metadata import OnnxMetadata, Precision
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.verify import Reference
+from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.config import AudioMambaConfig, ConvStage, ConvStem, uniform_blocks
 from aum_compress.models.factory import Model, build_model
 from aum_compress.models.quantized import quantizable_layers, swap_in_quantized
@@ -105,8 +106,25 @@ def _exported(precision: Precision, dynamic_batch: bool) -> bytes:
         return path.read_bytes()
 
 
+@cache
+def exported_waveform(precision: Precision, *, dynamic_batch: bool = False, input_rate_hz: int | None = None) -> bytes:
+    """The same with the front-end inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = written(Path(folder), precision, dynamic_batch=dynamic_batch)
+        target = Path(folder) / "waveform.onnx"
+        write_waveform_file(source, target, input_rate_hz)
+        return target.read_bytes()
+
+
 def written(folder: Path, precision: Precision, *, dynamic_batch: bool = False) -> Path:
     """That file in `folder`."""
     path = folder / f"model-{precision}.onnx"
     path.write_bytes(exported(precision, dynamic_batch=dynamic_batch))
+    return path
+
+
+def written_waveform(folder: Path, precision: Precision, **options) -> Path:
+    """The one with the front-end inside in `folder`; options as in `exported_waveform`."""
+    path = folder / f"model-{precision}-waveform.onnx"
+    path.write_bytes(exported_waveform(precision, **options))
     return path

@@ -31,7 +31,7 @@ ORDER: tuple[set[str], ...] = (
     {"pipeline"},
     {"sweep"},
     {"cli_options"},
-    {"cli_budget", "cli_data", "cli_evaluate", "cli_sweep"},
+    {"cli_budget", "cli_data", "cli_evaluate", "cli_export", "cli_sweep"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""

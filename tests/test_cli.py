@@ -128,10 +128,12 @@ def altered(path: Path, target: Path) -> Path:
 
 def test_verify_the_whole_export(exports):
     text = answer("verify", exports)
-    assert text.count("PASSED") == 3
+    assert text.count("PASSED") == 6
     found = record("verify", exports)
     assert [(item["file"], item["passed"]) for item in found] == [
-        (f"model-{precision}.onnx", True) for precision in ("fp16", "fp32", "int8")
+        (f"model-{precision}{reads}.onnx", True)
+        for precision in ("fp16", "fp32", "int8")
+        for reads in ("-waveform", "")
     ]
 
 
@@ -240,14 +242,15 @@ def test_evaluate_says_what_it_cannot_measure(exports, tmp_path):
 def test_export_of_a_float_bundle(runs, tmp_path):
     to = tmp_path / "new"
     text = answer("export", runs / "05-prune", "--to", to, "--precision", "fp16")
-    assert text == f"{to / 'model-fp16.onnx'}  verified\n"
+    assert text == f"{to / 'model-fp16.onnx'}  verified\n{to / 'model-fp16-waveform.onnx'}  verified\n"
     assert read_bundle(to).card.parent.sha256 == read_bundle(runs / "05-prune").sha256
     assert record("verify", to, "--reference", runs / "05-prune")[0]["passed"]
 
 
 def test_export_of_an_int8_bundle_is_the_file_that_shipped(runs, exports, finished, tmp_path):
     to = tmp_path / "new"
-    assert answer("export", runs / "06-quantize", "--to", to) == f"{to / 'model-int8.onnx'}  verified\n"
+    text = answer("export", runs / "06-quantize", "--to", to, "--input", "features")
+    assert text == f"{to / 'model-int8.onnx'}  verified\n"
     wav = sorted((finished.tree / "audio").iterdir())[0]
     again, shipped = (record("predict", folder / "model-int8.onnx", wav)[0]["vote"] for folder in (to, exports))
     assert again == pytest.approx(shipped, abs=1e-6)
@@ -261,17 +264,34 @@ def test_export_refuses_what_would_be_wrong(runs, tmp_path, monkeypatch):
     assert "holds int8 and exports as int8, not fp16" in message(
         *("export", runs / "06-quantize", "--to", to, "--precision", "fp16")
     )
+    rate_of_nothing = message("export", runs / "05-prune", "--to", to, "--input", "features", "--input-rate", "48000")
+    assert "--input-rate: is of files that read waveforms" in rate_of_nothing
     assert not to.exists()
+
+
+def test_front_end_is_put_into_an_exported_file(exports, tmp_path):
+    to = tmp_path / "new"
+    source = exports / "model-int8.onnx"
+    text = answer("export", source, "--to", to, "--input", "waveform", "--input-rate", "48000")
+    assert text == f"{to / 'model-int8-waveform.onnx'}  verified\n"
+    assert onnx.load(to / "model-int8-waveform.onnx").graph.input[0].name == "waveform"
+    assert "only gets its front-end inside" in message("export", source, "--to", to, "--precision", "int8")
+    assert "reads waveform already" in message("export", exports / "model-int8-waveform.onnx", "--to", to)
 
 
 def test_export_never_replaces_a_folder_of_other_things(runs, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("three years")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aum_compress.publish.export_onnx", lambda model, target, metadata: target.write_bytes(b""))
+    monkeypatch.setattr("aum_compress.publish.export_onnx", _write_nothing)
+    monkeypatch.setattr("aum_compress.publish.write_waveform_file", _write_nothing)
     monkeypatch.setattr("aum_compress.publish.verify_onnx", lambda path, reference: _Passed())
     for to in (".", tmp_path, tmp_path / "thesis.txt"):
         assert "holds something other than a bundle" in message("export", runs / "06-quantize", "--to", to)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def _write_nothing(source, target, *_, **__) -> None:
+    target.write_bytes(b"")
 
 
 class _Passed:

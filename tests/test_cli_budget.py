@@ -19,7 +19,15 @@ from aum_compress.report.budget_compare import compare_table
 
 REPORT_KEYS = {
     *("verdict", "param_bytes", "params", "wide_params", "macs", "macs_per_clip", "clip_seconds", "witnesses"),
-    *("elementwise", "dcase_bytes", "dcase_macs", "front_end_macs", "peak_activation_bytes", "file_bytes"),
+    *(
+        "elementwise",
+        "dcase_bytes",
+        "dcase_macs",
+        "front_end_macs",
+        "front_end_bytes",
+        "peak_activation_bytes",
+        "file_bytes",
+    ),
     *("limits", "notes", "layers"),
 }
 

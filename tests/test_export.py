@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half
-from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half, write_whole
+from aum_compress.export.onnx_file import write_whole
+from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, scan_function
 from aum_compress.models.config import CPMobileConfig
 from aum_compress.models.factory import build_model

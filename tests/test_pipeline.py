@@ -54,7 +54,8 @@ def test_the_road_ends_with_three_files_and_a_report(finished):
     exports = out / "exports" / "tiny"
     assert outcome.folder == exports
     names = {path.name for path in exports.iterdir()}
-    models = {"model-fp32.onnx", "model-fp16.onnx", "model-int8.onnx"}
+    precisions = ("fp32", "fp16", "int8")
+    models = {f"model-{precision}{reads}.onnx" for precision in precisions for reads in ("", "-waveform")}
     assert names >= models | {"report.json", "report.md", "report.html", "bundle.json", "golden.npz", "recipe.yaml"}
     report = json.loads((exports / "report.json").read_text())
     assert [row["stage"] for row in report["road"]] == [
@@ -243,6 +244,6 @@ def test_shipped_quickstart_runs(tmp_path):
     assert outcome.folder == tmp_path / "exports" / "quickstart"
     assert outcome.report["budget"]["verdict"] == "within"
     assert [file for file, found in outcome.report["verification"].items() if found["passed"]] == [
-        *("model-fp32.onnx", "model-fp16.onnx", "model-int8.onnx")
+        f"model-{precision}{reads}.onnx" for precision in ("fp32", "fp16", "int8") for reads in ("", "-waveform")
     ]
     assert outcome.report["data"]["unseen_devices"] == ["s4", "s5", "s6"]

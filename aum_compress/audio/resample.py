@@ -39,8 +39,7 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     samples = np.asarray(samples, dtype=np.float32)
     if from_hz == to_hz or samples.shape[-1] == 0:
         return samples
-    divisor = math.gcd(int(from_hz), int(to_hz))
-    step, phases = int(from_hz) // divisor, int(to_hz) // divisor
+    step, phases = rate_steps(int(from_hz), int(to_hz))
     reach, bands = _filters(step, phases)
 
     # Block b holds the output samples b * phases ... and is centred on the input samples b * step ...
@@ -60,6 +59,22 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     return out.reshape(*samples.shape[:-1], n_blocks * phases)[..., :n_out]
 
 
+def rate_steps(from_hz: int, to_hz: int) -> tuple[int, int]:
+    """(step, phases): the fewest samples that come in, and those that go out for them."""
+    divisor = math.gcd(from_hz, to_hz)
+    return from_hz // divisor, to_hz // divisor
+
+
+def crossings_a_block(step: int, phases: int) -> float:
+    """Zero crossings of the sinc in `step` input samples."""
+    return min(step, phases) * ROLLOFF
+
+
+def reached_samples(step: int, phases: int) -> int:
+    """Input samples on either side of an output sample that have a part in it."""
+    return math.ceil(ZERO_CROSSINGS * step / crossings_a_block(step, phases))
+
+
 @lru_cache(maxsize=16)
 def _filters(step: int, phases: int) -> tuple[int, tuple[_Band, ...]]:
     """Input samples reached on either side of an output sample, and the filters of all `phases` output phases.
@@ -67,8 +82,8 @@ def _filters(step: int, phases: int) -> tuple[int, tuple[_Band, ...]]:
     One dense kernel has phases * (step + 2 * reach) values, almost all of them zero: 5 GB for 44,101 to 32,000 Hz.
     Bands keep that at some megabytes and do a seventh of the multiplications for 44,100 to 32,000 Hz.
     """
-    cutoff = min(step, phases) * ROLLOFF
-    reach = math.ceil(ZERO_CROSSINGS * step / cutoff)
+    cutoff = crossings_a_block(step, phases)
+    reach = reached_samples(step, phases)
     bands = []
     for first_phase in range(0, phases, _PHASES_PER_BAND):
         phase = np.arange(first_phase, min(first_phase + _PHASES_PER_BAND, phases))

@@ -10,8 +10,8 @@ from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.onnx_bytes import explain_bytes
 from aum_compress.budget.onnx_file import file_bytes, input_record, read_onnx
 from aum_compress.budget.onnx_graph import measure_graph
-from aum_compress.budget.onnx_stored import onnx_stored
-from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree
+from aum_compress.budget.onnx_stored import FRONT_END, onnx_stored
+from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree, per_second
 from aum_compress.errors import AumError
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 
@@ -57,19 +57,22 @@ def check_onnx(
             notes.append("the file does not say how long a clip is: one run is taken to be 1 s of audio")
     if clip_seconds <= 0:
         raise AumError(f"{path}: clip_seconds: found {clip_seconds}, wanted a positive number")
-    witnesses = {"ONNX graph": {name: own.macs for name, own in measured.operations.items()}}
+    front_end, inside = _front_end_macs(spec, measured.operations, clip_seconds), layers.pop(FRONT_END, None)
+    if inside is not None:
+        notes.append("the front-end is part of the file; its bytes and MACs stand apart and are not gated")
+    operations = {name: own for name, own in measured.operations.items() if name != FRONT_END}
+    witnesses = {"ONNX graph": {name: own.macs for name, own in operations.items()}}
     if config is not None:
         witnesses["configuration"] = analytic_macs(config)
         agree(witnesses)
-    names = dict.fromkeys((*layers, *measured.operations))
+    names = dict.fromkeys((*layers, *operations))
     return BudgetReport(
-        layers=tuple(
-            _layer(name, layers.get(name, Stored()), measured.operations.get(name, Operations())) for name in names
-        ),
+        layers=tuple(_layer(name, layers.get(name, Stored()), operations.get(name, Operations())) for name in names),
         limits=limits or Limits(),
         clip_seconds=clip_seconds,
         witnesses=tuple(witnesses),
-        front_end_macs=None if spec is None else front_end_macs(spec),
+        front_end_macs=front_end,
+        front_end_bytes=None if inside is None else inside.param_bytes,
         peak_activation_bytes=measured.peak_activation_bytes,
         file_bytes=file_bytes(path, model),
         notes=tuple(notes),
@@ -81,6 +84,13 @@ def _layer(name: str, stored: Stored, operations: Operations) -> LayerCost:
     return LayerCost(
         name, kind, stored.param_bytes, stored.params, operations.macs, operations.elementwise, stored.wide_params
     )
+
+
+def _front_end_macs(spec: InputSpec | None, operations: Mapping[str, Operations], clip_seconds: float) -> int | None:
+    """For one second: as the graph computes it, else an estimate of what is computed before the graph."""
+    if FRONT_END in operations:
+        return per_second(operations[FRONT_END].macs, clip_seconds)
+    return None if spec is None else front_end_macs(spec)
 
 
 def _input_spec(record: dict | None) -> InputSpec | None:

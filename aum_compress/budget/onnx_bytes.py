@@ -12,7 +12,7 @@ import onnx
 from safetensors import safe_open
 
 from aum_compress.budget.onnx_file import read_onnx, stored_bytes, stored_constants
-from aum_compress.budget.onnx_stored import is_structure, scale_names
+from aum_compress.budget.onnx_stored import FRONT_END, is_structure, scale_names
 from aum_compress.errors import AumError, ModelFileError, join_problems
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1}
@@ -38,6 +38,7 @@ FOLDED_BIAS = "bias that a folded batch normalisation gives its convolution"
 QUANTISED = "quantised to int8"
 SCALES = "scale or zero point of quantisation"
 NARROWED = "float32 in the bundle, stored as float16"
+FRONT_END_TENSOR = "of the front-end inside the file, outside the budget"
 KEPT_WIDE = "float16 in the bundle, kept in float32"
 
 
@@ -169,6 +170,8 @@ def _only_in_file(
     weight = f"{module}.weight"
     if own in QUANTISATION and name in scales and weight in stored and _type(in_file[weight]) == "int8":
         return SCALES
+    if module == FRONT_END:
+        return FRONT_END_TENSOR
     if own == "bias" and some_folded and weight in stored and weight in in_file:
         return FOLDED_BIAS
     return STRUCTURE if is_structure(name, tensor, scales) else ""

@@ -18,7 +18,7 @@ from aum_compress.budget.onnx_file import input_sizes
 from aum_compress.budget.onnx_functions import bound, definition
 from aum_compress.budget.onnx_memory import Step, peak_bytes
 from aum_compress.budget.onnx_recurrence import Neighbourhood, around_recurrences, is_recurrence, silu_gates
-from aum_compress.budget.onnx_stored import scale_names
+from aum_compress.budget.onnx_stored import FRONT_END, scale_names
 from aum_compress.budget.onnx_values import (
     FLOATING,
     Origin,
@@ -36,6 +36,8 @@ from aum_compress.errors import AumError, ModelFileError, join_problems
 
 SCAN_FUNCTION = ("aum_compress", "SelectiveScan")
 """Domain and name of the model-local function that `export` writes around a scan."""
+FRONT_END_FUNCTIONS = {("aum_compress", name) for name in ("LogMel", "KaldiFbank", "Resample")}
+"""Those that turn a waveform into features; all that they compute belongs to the layer `FRONT_END`."""
 
 
 KNOWN = COUNTED.union(CONTROL, ONNX_BY_DEFINITION)
@@ -208,12 +210,13 @@ class _Walk:
     ) -> list[Step]:
         """The nodes of a function, as if they stood in place of its call."""
         is_scan = (node.domain, node.op_type) == SCAN_FUNCTION
+        is_front_end = (node.domain, node.op_type) in FRONT_END_FUNCTIONS
         inner = Scope(
             _opsets(function.opset_import),
             scope,
-            layer=scope.layer_of(node),
+            layer=FRONT_END if is_front_end else scope.layer_of(node),
             sees_outer=False,
-            whole=whole or is_scan or scope.whole,
+            whole=whole or is_scan or is_front_end or scope.whole,
             is_scan=is_scan or scope.is_scan,
         )
         inner.values |= {name: value for name, value in zip(function.input, inputs) if value is not None}

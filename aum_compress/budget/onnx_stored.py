@@ -9,6 +9,8 @@ from aum_compress.budget.onnx_file import all_graphs, bits, stored_bytes, stored
 from aum_compress.budget.onnx_values import layer_name
 from aum_compress.budget.records import Stored, wide_values
 
+FRONT_END = "front_end"
+"""Layer of a file's own front-end, which is outside every budget."""
 SCALES = {
     "QuantizeLinear": (1, 2),
     "DequantizeLinear": (1, 2),

@@ -100,6 +100,8 @@ class BudgetReport:
     """What DCASE's script (torchinfo 1.8.0) prints for one clip."""
     front_end_macs: int | None = None
     """Of the log-mel front-end for one second of audio, outside the budget; None where the front-end is unknown."""
+    front_end_bytes: int | None = None
+    """Tensors of a front-end that is part of the file, outside the budget; None where the file has none."""
     peak_activation_bytes: int | None = None
     """Most bytes of values alive at once in one run, inputs and outputs included, weights not; not gated."""
     file_bytes: int | None = None
@@ -156,6 +158,7 @@ class BudgetReport:
             "dcase_bytes": self.dcase_bytes,
             "dcase_macs": self.dcase_macs,
             "front_end_macs": self.front_end_macs,
+            "front_end_bytes": self.front_end_bytes,
             "peak_activation_bytes": self.peak_activation_bytes,
             "file_bytes": self.file_bytes,
             "limits": self.limits.to_dict(),

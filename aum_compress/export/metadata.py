@@ -14,9 +14,15 @@ from aum_compress.audio.front_ends import KALDI, LOG_MEL, count_frames, kind_of
 from aum_compress.errors import ModelFileError, join_problems
 
 Precision = Literal["fp32", "fp16", "int8"]
+Reads = Literal["features", "waveform"]
+"""What a file takes in, which is also the name of its input: normalised features, or samples that its own front-end
+turns into them."""
+FEATURES, WAVEFORM = "features", "waveform"
 FORMAT = "aum-compress/1"
 _FORMAT_KEY = "format"
 _RATE_KEY = "sample_rate_hz"
+_LATER_KEYS = ("reads", "input_rate_hz")
+"""Absent in files from before there were two kinds of input; their defaults say what those files are."""
 
 _NUMBER = (int, float)
 _INPUT_FIELDS: dict[str, tuple[type, ...]] = {
@@ -62,6 +68,9 @@ class OnnxMetadata:
     parent_sha256: str = ""
     """Of the card of the bundle that was exported."""
     tool_version: str = __version__
+    reads: Reads = FEATURES
+    input_rate_hz: int | None = None
+    """Of the samples that a file takes in which reads waveforms, and resamples; None for the front-end's own rate."""
 
     def __post_init__(self) -> None:
         if problems := self._problems():
@@ -74,6 +83,13 @@ class OnnxMetadata:
             problems.append(f"labels: found {list(labels)}, wanted at least two different class names")
         if self.precision not in ("fp32", "fp16", "int8"):
             problems.append(f"precision: found {self.precision!r}, wanted fp32, fp16 or int8")
+        if self.reads not in (FEATURES, WAVEFORM):
+            problems.append(f"reads: found {self.reads!r}, wanted {FEATURES} or {WAVEFORM}")
+        rate = self.input_rate_hz
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or rate <= 0):
+            problems.append(f"input_rate_hz: found {rate!r}, wanted a whole number of hertz above zero")
+        elif rate is not None and self.reads == FEATURES:
+            problems.append(f"input_rate_hz: found {rate}, but the file reads features")
         problems += _wrong_fields("input", self.input, _INPUT_FIELDS)
         if isinstance(self.input, Mapping) and isinstance(self.input.get("front_end"), Mapping):
             problems += self._front_end_problems()
@@ -106,13 +122,28 @@ class OnnxMetadata:
         return self.front_end["sample_rate_hz"]
 
     @property
+    def waveform_rate_hz(self) -> int:
+        """Rate of the samples that one has to give: to the file where it reads waveforms, else to the front-end."""
+        return self.sample_rate_hz if self.input_rate_hz is None else self.input_rate_hz
+
+    @property
+    def waveform_samples(self) -> int:
+        """S: length of one clip at that rate."""
+        return round(self.clip_seconds * self.waveform_rate_hz)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one clip, without the batch axis: (1,F,T), or (S,) where the file reads waveforms."""
+        return self.feature_shape if self.reads == FEATURES else (self.waveform_samples,)
+
+    @property
     def clip_seconds(self) -> float:
         """Length of one input."""
         return self.input["clip_seconds"]
 
     @property
     def clip_samples(self) -> int:
-        """S: length of one input in samples."""
+        """S: length of one clip in samples of the front-end."""
         return round(self.clip_seconds * self.sample_rate_hz)
 
     @property
@@ -147,6 +178,7 @@ class OnnxMetadata:
             ModelFileError: keys absent or values that cannot be read; `source` is named.
         """
         wanted = [_FORMAT_KEY, *(f.name for f in fields(cls))]
+        wanted = [key for key in wanted if key in props or key not in _LATER_KEYS]
         if absent := [key for key in wanted if key not in props]:
             raise ModelFileError(
                 f"{source}: metadata_props lack {', '.join(absent)}: not a file that aum-compress exported, or one "

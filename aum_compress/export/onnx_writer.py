@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,16 +15,15 @@ from torch import Tensor
 
 from aum_compress import __version__
 from aum_compress.errors import ModelFileError
-from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.metadata import FEATURES, OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half, tidy
+from aum_compress.export.onnx_file import IR_VERSION, OPSET, write_whole
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
 from aum_compress.export.ssd_function import SSD_NAMES, ssd_function
 from aum_compress.models.factory import Model, fold_batch_norm, folded_config
 from aum_compress.models.quantized import round_to_half_, stored_tensors
 
-IR_VERSION, OPSET = 10, 20
-"""The newest pair that onnxruntime 1.20 and all its successors read; onnx's own defaults are refused by them."""
-INPUT_NAME, OUTPUT_NAME = "features", "logits"
+OUTPUT_NAME = "logits"
 
 
 def export_onnx(model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_batch: bool = False) -> None:
@@ -73,6 +71,8 @@ def round_to_half(model: Model) -> Model:
 
 def _check_fit(model: Model, path: Path, metadata: OnnxMetadata) -> None:
     config = model.config
+    if metadata.reads != FEATURES:
+        raise ModelFileError(f"{path}: a model reads features; write_waveform_file puts the front-end before its file")
     if (wanted := (1, config.n_mels, config.n_frames)) != metadata.feature_shape:
         raise ModelFileError(
             f"{path}: the model reads features of shape {wanted}, the metadata's front-end makes "
@@ -103,7 +103,7 @@ def _trace(model: Model, dynamic_batch: bool) -> ir.Model:
             dynamo=True,
             opset_version=OPSET,
             optimize=False,  # it would fold the model's tensors away; `tidy` does not
-            input_names=[INPUT_NAME],
+            input_names=[FEATURES],
             output_names=[OUTPUT_NAME],
             custom_translation_table={
                 torch.ops.aum_compress.quantize_dequantize.default: _quantize_dequantize,
@@ -168,24 +168,6 @@ def _finished(exported: ir.Model, metadata: OnnxMetadata) -> onnx.ModelProto:
     del proto.graph.value_info[:]  # every runtime infers shapes for itself
     onnx.checker.check_model(proto, full_check=True)
     return proto
-
-
-def write_whole(proto: onnx.ModelProto, path: Path) -> None:
-    """Writes `proto` beside `path` and renames it into place.
-
-    Raises:
-        ModelFileError: the disk is full or the place is not writable; what stood at `path` still stands there.
-    """
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        beside.write_bytes(proto.SerializeToString(deterministic=True))
-        os.replace(beside, path)
-    except OSError as error:
-        raise ModelFileError(
-            f"{path}: cannot be written: {error.strerror or error}. Free space or choose another place"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Classify audio with an exported file: numpy and onnxruntime, soundfile to read files. Never torch."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from aum_compress.audio.front_ends import features
 from aum_compress.errors import DataError, ModelFileError
-from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.export.metadata import FEATURES, OnnxMetadata
 
 _SHORTEST_REST = 0.1
 """Share of a window below which the end of a recording is left out."""
@@ -27,10 +28,13 @@ _LOAD_ERRORS = (
 )
 
 
-def open_session(path: Path, *, optimise: bool = True, intra_op_num_threads: int = 0) -> InferenceSession:
+def open_session(
+    path: Path, *, optimise: bool = True, intra_op_num_threads: int = 0, content: bytes | None = None
+) -> InferenceSession:
     """An onnxruntime session on the CPU.
 
     Args:
+        content: a part of the file to open in place of the whole.
         optimise: let onnxruntime rewrite the graph. Off, it computes node by node what the file says.
         intra_op_num_threads: 0 leaves the choice to onnxruntime.
 
@@ -46,7 +50,7 @@ def open_session(path: Path, *, optimise: bool = True, intra_op_num_threads: int
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     try:
-        return InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        return InferenceSession(content or os.fspath(path), options, providers=["CPUExecutionProvider"])
     except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(
@@ -69,16 +73,29 @@ def clip_features(clip: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
 
     A clip of another length than `metadata.clip_samples` is cut, or padded with silence, at its end.
     """
-    padded = np.zeros(metadata.clip_samples, dtype=np.float32)
-    kept = clip[: metadata.clip_samples]
-    padded[: len(kept)] = kept
-    return ((features(padded, metadata.front_end) - metadata.mean) / metadata.std).astype(np.float32)[None, None]
+    samples = _fitted(clip, metadata.clip_samples)
+    return ((features(samples, metadata.front_end) - metadata.mean) / metadata.std).astype(np.float32)[None, None]
 
 
-def run_session(session: InferenceSession, features: np.ndarray) -> np.ndarray:
-    """Features (B,1,F,T) to logits (B,C), one by one where the file's batch axis is fixed at 1."""
+def clip_input(clip: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
+    """Samples (S,) at `metadata.waveform_rate_hz` to what the file reads of one clip, float32: features (1,1,F,T), or
+    the waveform (1,S), cut or padded with silence at its end."""
+    if metadata.reads == FEATURES:
+        return clip_features(clip, metadata)
+    return _fitted(clip, metadata.waveform_samples)[None]
+
+
+def _fitted(clip: np.ndarray, n_samples: int) -> np.ndarray:
+    fitted = np.zeros(n_samples, dtype=np.float32)
+    kept = clip[:n_samples]
+    fitted[: len(kept)] = kept
+    return fitted
+
+
+def run_session(session: InferenceSession, inputs: np.ndarray) -> np.ndarray:
+    """Inputs (B,...) to outputs (B,...), one by one where the file's batch axis is fixed at 1."""
     (values,) = session.get_inputs()
-    batches = np.split(features, len(features)) if isinstance(values.shape[0], int) else [features]
+    batches = np.split(inputs, len(inputs)) if isinstance(values.shape[0], int) else [inputs]
     return np.concatenate([session.run(None, {values.name: batch})[0] for batch in batches])
 
 
@@ -150,10 +167,11 @@ class Classifier:
         self.metadata = read_metadata(self._session, self.path)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shapes = [value.shape for value in (*inputs, *outputs)]
-        if len(shapes) != 2 or shapes[0][1:] != [*self.metadata.feature_shape] or shapes[1][1:] != [len(self.labels)]:
+        if len(shapes) != 2 or shapes[0][1:] != [*self.metadata.input_shape] or shapes[1][1:] != [len(self.labels)]:
             raise ModelFileError(
-                f"{self.path}: inputs and outputs of shapes {shapes} do not fit its metadata, which say features "
-                f"{self.metadata.feature_shape} and {len(self.labels)} labels: the file was altered, export it again"
+                f"{self.path}: inputs and outputs of shapes {shapes} do not fit its metadata, which say "
+                f"{self.metadata.reads} {self.metadata.input_shape} and {len(self.labels)} labels: the file was "
+                "altered, export it again"
             )
 
     @property
@@ -169,12 +187,10 @@ class Classifier:
         """
         from aum_compress.audio.reading import audio_info, read_audio
 
-        rate, window = self.metadata.sample_rate_hz, self.metadata.clip_seconds
+        rate, window = self.metadata.waveform_rate_hz, self.metadata.clip_seconds
         starts = window_starts(audio_info(path).seconds, window)
         clips = (read_audio(path, rate, start_seconds=start, duration_seconds=window) for start in starts)
-        return self._predict(
-            starts, np.concatenate([self.logits(clip_features(clip, self.metadata)) for clip in clips])
-        )
+        return self._predict(starts, clips)
 
     def classify_samples(self, samples: np.ndarray, sample_rate_hz: int) -> Prediction:
         """A recording in memory.
@@ -196,19 +212,29 @@ class Classifier:
         if not np.isfinite(samples).all():
             raise DataError(f"{int((~np.isfinite(samples)).sum())} of {samples.size} samples are NaN or infinite")
         mono = samples if samples.ndim == 1 else samples.mean(1)
-        mono = resample(mono, sample_rate_hz, self.metadata.sample_rate_hz)
-        starts = window_starts(len(mono) / self.metadata.sample_rate_hz, self.metadata.clip_seconds)
-        firsts = [round(start * self.metadata.sample_rate_hz) for start in starts]
-        clips = (mono[first : first + self.metadata.clip_samples] for first in firsts)
-        return self._predict(
-            starts, np.concatenate([self.logits(clip_features(clip, self.metadata)) for clip in clips])
-        )
+        rate = self.metadata.waveform_rate_hz
+        mono = resample(mono, sample_rate_hz, rate)
+        starts = window_starts(len(mono) / rate, self.metadata.clip_seconds)
+        firsts = [round(start * rate) for start in starts]
+        clips = (mono[first : first + self.metadata.waveform_samples] for first in firsts)
+        return self._predict(starts, clips)
 
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        """Features (B,1,F,T) to logits (B,C), float32."""
-        return run_session(self._session, features)
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """What the file reads, features (B,1,F,T) or waveforms (B,S), to logits (B,C), float32.
 
-    def _predict(self, starts: list[float], logits: np.ndarray) -> Prediction:
+        Raises:
+            DataError: inputs of another shape or type.
+        """
+        wanted = self.metadata.input_shape
+        if inputs.shape[1:] != wanted or inputs.dtype != np.float32 or not len(inputs):
+            raise DataError(
+                f"{self.path}: inputs of shape {inputs.shape}, type {inputs.dtype}: wanted {self.metadata.reads} of "
+                f"shape (batch, {', '.join(map(str, wanted))}), type float32"
+            )
+        return run_session(self._session, inputs)
+
+    def _predict(self, starts: list[float], clips: Iterable[np.ndarray]) -> Prediction:
+        logits = np.concatenate([self.logits(clip_input(clip, self.metadata)) for clip in clips])
         return Prediction(self.labels, tuple(starts), _log_softmax(logits))
 
 

@@ -43,7 +43,8 @@ TOLERANCES: Mapping[tuple[Precision, bool], Tolerance] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. Figures are None where nothing was compared by value."""
+    """One thing that was looked at. Figures are None where nothing was compared by value; features have an error
+    alone."""
 
     name: str
     passed: bool
@@ -61,7 +62,9 @@ class Check:
         """For people."""
         how = "" if self.optimised is None else ", optimised" if self.optimised else ", as written"
         figures = ""
-        if self.max_abs_error is not None:
+        if self.max_abs_error is not None and self.sqnr_db is None:
+            figures = f": max error {self.max_abs_error:.2g} of {self.n_inputs}"
+        elif self.max_abs_error is not None:
             figures = (
                 f": max error {self.max_abs_error:.2g}, SQNR {self.sqnr_db:.1f} dB, "
                 f"same class {self.agreement:.1%} of {self.n_inputs}"
@@ -90,7 +93,7 @@ class Verification:
     @property
     def max_abs_error(self) -> float | None:
         """Largest difference of any logit in any check."""
-        return max((check.max_abs_error for check in self.checks if check.max_abs_error is not None), default=None)
+        return max((check.max_abs_error for check in self.checks if check.sqnr_db is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the path's name alone, so that reports of two machines compare equal."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from onnxruntime import InferenceSession
 
 from aum_compress.audio.config import InputSpec
 from aum_compress.bundle import GOLDEN
-from aum_compress.export.metadata import Precision
+from aum_compress.export.metadata import WAVEFORM, Precision
+from aum_compress.export.onnx_file import load_onnx
 from aum_compress.export.runtime import open_session, read_metadata, run_session
 from aum_compress.export.verification import TOLERANCES, Check, Tolerance, Verification, compare, finding
 from aum_compress.export.verify_inputs import Golden, read_golden, stress_inputs
@@ -21,8 +23,9 @@ from aum_compress.export.verify_structure import (
     check_names,
     check_shapes,
     check_weights,
-    load_onnx,
 )
+from aum_compress.export.verify_waveform import front_end_checks, stress_waveforms, training_features
+from aum_compress.export.waveform_input import split_front_end
 from aum_compress.models import mamba, mamba2
 from aum_compress.models.factory import Model
 from aum_compress.models.scan import selective_scan_oracle
@@ -51,6 +54,7 @@ def verify_onnx(
     *,
     golden: Golden | None = None,
     clips: np.ndarray | None = None,
+    waveforms: np.ndarray | None = None,
     tolerances: Mapping[tuple[Precision, bool], Tolerance] = TOLERANCES,
 ) -> Verification:
     """Runs `path` in onnxruntime, its graph optimisation off and on, and compares it with everything there is.
@@ -60,17 +64,23 @@ def verify_onnx(
     standing beside the file, and hash, labels and front-end of the bundle card beside it. With none of these, optimised
     values are compared with those as written, which finds what is broken but not what is wrong.
 
+    A file that reads waveforms is taken apart: its model is held against all this, its front-end against the one of
+    training on waveforms of every kind, and then the whole file against both in a row.
+
     Args:
         clips: features (B,1,F,T) of real recordings.
+        waveforms: (B,S) real recordings at `metadata.waveform_rate_hz`, for a file that reads them.
 
     Raises:
         ModelFileError: a file that cannot be judged at all: no ONNX, cut short, of another opset, without metadata.
     """
     proto = load_onnx(path)
-    sessions = {
-        optimised: open_session(path, optimise=optimised, intra_op_num_threads=1) for optimised in (False, True)
-    }
-    metadata = read_metadata(sessions[False], path)
+    whole = _sessions(path)
+    metadata = read_metadata(whole[False], path)
+    sessions = whole
+    if metadata.reads == WAVEFORM:
+        front_end, core = split_front_end(proto, metadata)
+        sessions = _sessions(path, core)
     if golden is None and (path.parent / GOLDEN).is_file():
         golden = read_golden(path.parent / GOLDEN, metadata.precision)
     inputs = stress_inputs(metadata) | ({} if clips is None else {"clips": clips})
@@ -79,8 +89,8 @@ def verify_onnx(
     model = None if reference is None else reference.model
 
     checks = [
-        check_names(sessions[False]),
-        check_shapes(sessions[False], metadata),
+        check_names(whole[False], metadata),
+        check_shapes(whole[False], metadata),
         _fit(inputs, metadata.feature_shape),
     ]
     runnable = all(check.passed for check in checks)
@@ -92,6 +102,11 @@ def verify_onnx(
         limits = {optimised: tolerances[metadata.precision, optimised] for optimised in sessions}
         checks += _value_checks(sessions, limits, inputs, golden, model)
         checks += _batch_checks(sessions, limits, inputs["random"])
+        if metadata.reads == WAVEFORM:
+            stress = stress_waveforms(metadata) | ({} if waveforms is None else {"recordings": waveforms})
+            features = {name: training_features(samples, metadata) for name, samples in stress.items()}
+            checks += front_end_checks(_sessions(path, front_end), stress, features, metadata)
+            checks += _whole_checks(whole, limits, stress, features, model or sessions[False])
     against = ["the torch model"] * (model is not None) + ["golden logits"] * (golden is not None)
     return Verification(
         path,
@@ -100,6 +115,15 @@ def verify_onnx(
         tuple(checks),
         tuple(saturation_notes(checks)),
     )
+
+
+def _sessions(path: Path, part: onnx.ModelProto | None = None) -> Sessions:
+    """The file, or a part of it."""
+    content = None if part is None else part.SerializeToString()
+    return {
+        optimised: open_session(path, optimise=optimised, intra_op_num_threads=1, content=content)
+        for optimised in (False, True)
+    }
 
 
 def _fit(inputs: Mapping[str, np.ndarray], feature_shape: tuple[int, ...]) -> Check:
@@ -130,6 +154,22 @@ def _value_checks(
             with _oracle_scan():
                 opinion = _logits(model, features)
             yield compare(f"{name} by the oracle scan", written, opinion, limits[False], optimised=False)
+
+
+def _whole_checks(
+    sessions: Sessions,
+    limits: Mapping[bool, Tolerance],
+    waveforms: Mapping[str, np.ndarray],
+    features: Mapping[str, np.ndarray],
+    model: Model | InferenceSession,
+) -> Iterator[Check]:
+    """From waveform to logits in one file, against the model on the features of training."""
+    for name, samples in waveforms.items():
+        by_session = isinstance(model, InferenceSession)
+        expected = run_session(model, features[name]) if by_session else _logits(model, features[name])
+        for optimised, session in sessions.items():
+            found = run_session(session, samples)
+            yield compare(f"waveform, {name}", found, expected, limits[optimised], optimised=optimised)
 
 
 def _batch_checks(sessions: Sessions, limits: Mapping[bool, Tolerance], features: np.ndarray) -> Iterator[Check]:

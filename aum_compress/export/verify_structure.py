@@ -1,58 +1,29 @@
-"""What an exported file is, before anything is run: a whole ONNX file, its names, shapes, labels and weights."""
+"""What an exported file is, before anything is run: its names, shapes, labels and weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnxruntime import InferenceSession
 from pydantic import ValidationError
 
 from aum_compress.audio.config import InputSpec
 from aum_compress.audio.front_ends import LOG_MEL
 from aum_compress.bundle import CARD, BundleCard, file_sha256
-from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import OnnxMetadata
-from aum_compress.export.onnx_writer import INPUT_NAME, IR_VERSION, OPSET, OUTPUT_NAME, fold_if_needed
-from aum_compress.export.scan_function import SCAN_DOMAIN
+from aum_compress.export.onnx_writer import OUTPUT_NAME, fold_if_needed
 from aum_compress.export.verification import Check, finding
 from aum_compress.models.factory import Model
 from aum_compress.models.quantized import stored_tensors
 
 
-def load_onnx(path: Path) -> onnx.ModelProto:
-    """The file's graph.
-
-    Raises:
-        ModelFileError: absent, no ONNX, cut short, or of another IR, opset or domain than `export_onnx` writes.
-    """
-    try:
-        proto = onnx.load(path, format="protobuf")
-        onnx.checker.check_model(proto)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read: {error.strerror or error}; an ONNX file was wanted") from None
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelFileError(
-            f"{path}: not a whole ONNX file ({path.stat().st_size} bytes): {reason}. Export or copy it again"
-        ) from None
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    if opsets.get("") != OPSET or proto.ir_version > IR_VERSION or opsets.keys() - {"", SCAN_DOMAIN}:
-        found = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in opsets.items())
-        raise ModelFileError(
-            f"{path}: IR {proto.ir_version} with opsets {found or 'none'}; wanted IR up to {IR_VERSION}, ai.onnx "
-            f"{OPSET} and no other domain than {SCAN_DOMAIN}: not a file that this version exported; export it again"
-        )
-    return proto
-
-
-def check_names(session: InferenceSession) -> Check:
+def check_names(session: InferenceSession, metadata: OnnxMetadata) -> Check:
     """One input and one output, under the names that runtimes rely on."""
     inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
     problems = []
-    if inputs != [INPUT_NAME]:
-        problems.append(f"inputs {inputs}, wanted {[INPUT_NAME]}")
+    if inputs != [metadata.reads]:
+        problems.append(f"inputs {inputs}, wanted {[metadata.reads]}")
     if outputs != [OUTPUT_NAME]:
         problems.append(f"outputs {outputs}, wanted {[OUTPUT_NAME]}")
     return finding("names", problems)
@@ -61,7 +32,7 @@ def check_names(session: InferenceSession) -> Check:
 def check_shapes(session: InferenceSession, metadata: OnnxMetadata) -> Check:
     """Types and shapes against the metadata's front-end and labels."""
     problems = []
-    wanted = {"input": list(metadata.feature_shape), "output": [len(metadata.labels)]}
+    wanted = {"input": list(metadata.input_shape), "output": [len(metadata.labels)]}
     for kind, values in (("input", session.get_inputs()), ("output", session.get_outputs())):
         for value in values:
             if value.type != "tensor(float)" or value.shape[1:] != wanted[kind]:

@@ -88,7 +88,12 @@ def budget_lines(report: BudgetReport) -> list[str]:
         lines.append(f"peak activations: {report.peak_activation_bytes:,} bytes alive at once (not gated)")
     if report.file_bytes is not None:
         lines.append(f"file: {report.file_bytes:,} bytes (not gated)")
-    if report.front_end_macs is not None:
+    if report.front_end_bytes is not None:
+        lines.append(
+            f"front-end inside the file: {report.front_end_macs:,} MACs per second, {report.front_end_bytes:,} bytes "
+            "(outside the budget)"
+        )
+    elif report.front_end_macs is not None:
         lines.append(f"log-mel front-end: about {report.front_end_macs:,} MACs per second (outside the budget)")
     operations = ", ".join(f"{kind} {count:,}" for kind, count in report.elementwise.items())
     lines.append(f"elementwise operations a clip: {operations or 'none'} (not gated)")

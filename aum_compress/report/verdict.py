@@ -37,8 +37,9 @@ def shipped_step(report: Report) -> RoadStep | None:
 
 
 def exported(report: Report) -> list[str]:
-    """The files on the road."""
-    return [step["file"] for step in report["road"] if step["file"]]
+    """The files on the road, then those that were verified beside them."""
+    files = (*(step["file"] for step in report["road"] if step["file"]), *report["verification"])
+    return list(dict.fromkeys(files))
 
 
 def step_budget(report: Report, step: RoadStep) -> Cell:

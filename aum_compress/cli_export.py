@@ -1,0 +1,78 @@
+"""The verb `export`: a bundle, or an exported file that is to get its front-end inside."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aum_compress.cli_options import Precision
+from aum_compress.console import say
+from aum_compress.errors import AumError
+
+
+class Input(StrEnum):
+    features = "features"
+    waveform = "waveform"
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BUNDLE|MODEL.onnx", help="A bundle that holds a model; or an exported file that reads features."
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="Folder to write; of a bundle's export, replaced as a whole.")
+    ],
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(help="fp32 or fp16 of a float bundle, int8 of a quantised one; repeatable."),
+    ] = None,
+    reads: Annotated[
+        list[Input] | None,
+        typer.Option("--input", help="What the files read; repeatable, both when left out."),
+    ] = None,
+    input_rate: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="HZ", help="Of the samples that a waveform file reads and resamples."),
+    ] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch axis open; it is 1 otherwise.")
+    ] = False,
+) -> None:
+    """Export the model of one bundle to ONNX, with and without its front-end, and verify it."""
+    inputs = tuple(dict.fromkeys(kind.value for kind in reads or Input))
+    if input_rate and "waveform" not in inputs:
+        raise AumError("--input-rate: is of files that read waveforms; leave it out, or add --input waveform")
+    if source.suffix == ".onnx":
+        if precision or dynamic_batch or inputs == ("features",):
+            raise AumError(
+                f"{source}: an exported file only gets its front-end inside; --precision, --dynamic-batch and --input "
+                "features are for the export of a bundle"
+            )
+        _put_inside(source, folder, input_rate)
+        return
+
+    from aum_compress.bundle import read_bundle
+    from aum_compress.publish import ExportOptions, export_bundle, file_name
+
+    bundle = read_bundle(source)
+    default = ("int8",) if bundle.card.precision == "int8" else ("fp32", "fp16")
+    precisions = tuple(p.value for p in precision) if precision else default
+    export_bundle(bundle, folder, ExportOptions(precisions, inputs, input_rate, dynamic_batch))
+    for name in precisions:
+        for kind in inputs:
+            say(f"{folder / file_name(name, kind)}  verified")
+
+
+def _put_inside(source: Path, folder: Path, input_rate: int | None) -> None:
+    from aum_compress.export.verify import verify_onnx
+    from aum_compress.export.waveform_input import write_waveform_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{source.stem}-waveform.onnx"
+    write_waveform_file(source, target, input_rate)
+    verify_onnx(target).enforce()
+    say(f"{target}  verified")
