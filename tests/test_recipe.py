@@ -23,8 +23,8 @@ def shipped():
     return sorted(recipes_folder().glob("*.yaml"))
 
 
-def test_the_three_recipes_ship():
-    assert {path.stem for path in shipped()} >= {"quickstart", "tau-aum-small-int8", "esc10-mobile"}
+def test_the_recipes_of_the_readme_ship():
+    assert {path.stem for path in shipped()} >= {"quickstart", "esc10-mobile", "folder", "tau-128kb-int8", "tau-64k-fp16"}
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
