@@ -18,7 +18,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,10 @@ def _cp_mobile_distilled(fold: Benchmark) -> dict[str, Any]:
     return {"student": {"preset": "cp-mobile"}, "distill": fold.distillation()}
 
 
-def _student(fold: Benchmark) -> dict[str, Any]:
-    return {"student": _student_section(MAMBA, train=fold.training())}
+def student(fold: Benchmark, **augment: Any) -> dict[str, Any]:
+    """The student from labels alone. Args: augment: what its augmentation has instead."""
+    train = fold.training()
+    return {"student": _student_section(MAMBA, train=train | {"augment": train["augment"] | augment})}
 
 
 def _student_distilled(fold: Benchmark) -> dict[str, Any]:
@@ -156,10 +158,11 @@ def _convolution_distilled(fold: Benchmark) -> dict[str, Any]:
     return {"student": _student_section(CONVOLUTION), "distill": fold.distillation()}
 
 
-CONFIGS: dict[str, tuple[str, Callable[[Benchmark], dict[str, Any]]]] = {
+Configs = dict[str, tuple[str, Callable[[Benchmark], dict[str, Any]]]]
+CONFIGS: Configs = {
     "cp-mobile": ("CP-Mobile, its own recipe", _cp_mobile),
     "cp-mobile-augmented": ("CP-Mobile, our augmentation", _cp_mobile_augmented),
-    "student": ("student, no distillation", _student),
+    "student": ("student, no distillation", student),
     "cp-mobile-distilled": ("CP-Mobile, our teachers", _cp_mobile_distilled),
     "student-distilled": ("student, our teachers", _student_distilled),
     "convolution-distilled": (
@@ -217,9 +220,12 @@ def _vote(probabilities: np.ndarray, targets: np.ndarray, test: CachedClips, cho
     return macro_accuracy(right, np.array([truth[key] for key in total]))
 
 
-def run_config(fold: Benchmark, config: str) -> dict[str, Any]:
-    """Trains, quantises, exports and measures one configuration on one fold; what is finished is not done again."""
-    sections = CONFIGS[config][1](fold) | {
+def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """Trains, quantises, exports and measures one configuration on one fold; what is finished is not done again.
+
+    Args: sections: of the recipe, up to the trained student.
+    """
+    sections = sections | {
         "quantize": {"calibration_clips": 512, "percentile": 99.99},
         "export": {},
         "verify": {"clips": 32},
@@ -319,16 +325,18 @@ def summary(lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of(
+    parser: argparse.ArgumentParser, configs: Iterable[str], results: Path, *, folds: list[int], epochs: int
+) -> argparse.Namespace:
+    """Of a benchmark of these configurations, with what every one needs checked; folders as absolute paths."""
     parser.add_argument("--data", type=Path, help="ESC10-mobile")
     parser.add_argument("--responses", type=Path, help="folder of impulse responses")
-    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], choices=range(1, 6))
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=CONFIGS)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--folds", type=int, nargs="+", default=folds, choices=range(1, 6))
+    parser.add_argument("--configs", nargs="+", default=list(configs), choices=list(configs))
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/esc10-mobile-benchmark"), help="checkpoints, bundles")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--summary", action="store_true")
     arguments = parser.parse_args()
     if not arguments.summary:
@@ -336,15 +344,27 @@ def main() -> None:
             parser.error("--data and --responses are needed to train")
         arguments.data, arguments.responses = arguments.data.resolve(), arguments.responses.resolve()
         arguments.work = arguments.work.resolve()
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        wanted = [(fold, config) for fold in arguments.folds for config in CONFIGS if config in arguments.configs]
-        for fold, config in wanted:
-            done = {(line["config"], line["fold"], line["seed"], line["epochs"]) for line in read(arguments.results)}
-            if (config, fold, arguments.seed, arguments.epochs) in done:
-                continue
-            line = run_config(Benchmark(arguments, fold), config)
-            with arguments.results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+    return arguments
+
+
+def run_all(arguments: argparse.Namespace, configs: Configs) -> None:
+    """Adds the lines that the results lack, fold by fold."""
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    for fold, config in [(f, c) for f in arguments.folds for c in configs if c in arguments.configs]:
+        done = {(line["config"], line["fold"], line["seed"], line["epochs"]) for line in read(arguments.results)}
+        if (config, fold, arguments.seed, arguments.epochs) in done:
+            continue
+        of_fold = Benchmark(arguments, fold)
+        line = run_config(of_fold, config, configs[config][1](of_fold))
+        with arguments.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = arguments_of(parser, CONFIGS, RESULTS, folds=[1, 2, 3], epochs=40)
+    if not arguments.summary:
+        run_all(arguments, CONFIGS)
     print(summary(read(arguments.results)))
 
 
