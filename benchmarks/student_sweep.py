@@ -4,7 +4,7 @@
 
 DIR is what make_esc10_mobile.py writes; --responses names the folder of impulse responses (MicIRP). Varied are the
 depth, widths and strides of the stem, what makes a token, along what the blocks run, mixer and directions, widths,
-number of blocks, positions and pooling. A student over budget is counted and not trained; every other one is trained
+number of blocks, positions, pooling and head. A student over budget is counted and not trained; every other one is trained
 alike, quantised, and measured on validation clips of fold 1. The test part chooses nothing.
 
 The same command on other machines, with --study on a folder that all of them see, joins in; a killed one goes on. The
@@ -45,6 +45,7 @@ SPACE: Space = {
     "depth": choices([1, 2, 3, 4, 6]),
     "position": choices(["none", "absolute", "factorised", "rope"]),
     "pool": choices(["mean", "class_token"]),
+    "head": choices(["linear", "batch_norm"]),
 }
 
 
@@ -59,6 +60,7 @@ def student(values: Mapping[str, Any]) -> list[str]:
         "blocks": [_block(values) | {"along": direction} for direction in along],
         "position": values["position"],
         "pool": values["pool"],
+        "head": values["head"],
     }
     return [f"student.{key}={json.dumps(value)}" for key, value in section.items()]
 
