@@ -4,8 +4,8 @@
 
 DIR is what make_esc10_mobile.py writes; --responses names the folder of impulse responses (MicIRP). Varied are the
 depth, widths and strides of the stem, what makes a token, along what the blocks run, mixer and directions, widths,
-number of blocks, positions, pooling and head. A student over budget is counted and not trained; every other one is trained
-alike, quantised, and measured on validation clips of fold 1. The test part chooses nothing.
+number of blocks, positions, pooling and head. A student over budget is counted and not trained; every other one is
+trained alike, quantised, and measured on validation clips of fold 1. The test part chooses nothing.
 
 The same command on other machines, with --study on a folder that all of them see, joins in; a killed one goes on. The
 list of all, losers included, is sweep.json in the study's folder (and sweep.md for people).
