@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from aum_compress import __version__
 from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
+from aum_compress.cli_doctor import doctor
 from aum_compress.cli_evaluate import evaluate
 from aum_compress.cli_export import export
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
@@ -102,6 +103,7 @@ app.command("distill")(_stage_verb("the distilled student", "distill"))
 app.command("prune")(_stage_verb("the pruned student", "prune"))
 app.command("quantize")(_stage_verb("the quantised student", "quantize"))
 app.command("sweep")(sweep)
+app.command("doctor")(doctor)
 
 
 def _run(

@@ -39,6 +39,25 @@ def recipes_check(recipe: RecipeArgument, settings: Settings = None) -> None:
     say(dump_recipe(load_recipe(find_recipe(recipe), settings or [])).rstrip())
 
 
+@recipes_app.command("keys")
+def recipes_keys(
+    section: Annotated[str | None, typer.Argument(help="One section, such as train; all when left out.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All as the tables of docs/recipes.md.")] = False,
+) -> None:
+    """Every key of a recipe: what it may be, its default, what it means."""
+    from aum_compress.report.recipe_keys import keys_lines, keys_markdown
+
+    if markdown:
+        say(keys_markdown().rstrip())
+        return
+    try:
+        lines = keys_lines(section)
+    except KeyError as error:
+        raise AumError(f"recipes keys {section}: no such section; there are {error.args[0]}") from None
+    for line in lines:
+        say(line)
+
+
 @data_app.command("check")
 def data_check(
     folder: Annotated[Path, typer.Argument(metavar="ROOT", help="A TAU tree, or one folder a class.")],

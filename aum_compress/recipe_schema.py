@@ -144,8 +144,11 @@ class ModelSection(Section):
     """A preset and what is changed about it. Widths given here hold for every block."""
 
     preset: Preset
+    """Keys that are left out are the preset's."""
     d_model: Positive | None = None
+    """Width of a token."""
     depth: Positive | None = None
+    """Number of blocks."""
     d_inner: Positive | None = None
     d_state: Positive | None = None
     dt_rank: Positive | None = None
@@ -280,23 +283,31 @@ class QuantizeSection(Section):
 
 
 class BudgetSection(Section):
+    """Limits of what ships; a model over one of them ends the run with exit code 3, before export."""
+
     max_param_bytes: Positive = 128_000
     max_macs: Positive = 30_000_000
     """For one second of audio."""
 
 
 class ExportSection(Section):
+    """ONNX files, to exports/<name>/."""
+
     precisions: Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], Field(min_length=1)] = ("fp32", "fp16", "int8")
+    """One file each; the smallest is the one that the budget is about."""
     waveform: bool = True
     """Beside each file that reads features, one that reads samples and has the front-end inside."""
     input_rate_hz: Annotated[int, Field(gt=0)] | None = None
     """Of the samples that those files read, and resample; the front-end's own rate when left out."""
     dynamic_batch: bool = False
+    """Any number of clips at once, in place of one."""
     name: FolderName | None = None
     """Folder below exports/; the recipe's name when left out."""
 
 
 class VerifySection(Section):
+    """Each file against the model that it was made of, in onnxruntime; what differs ends the run with exit code 4."""
+
     clips: Annotated[int, Field(ge=0)] = 64
     """Test clips to compare on, beside golden, random, silent and full-scale inputs."""
 

@@ -29,9 +29,9 @@ ORDER: tuple[set[str], ...] = (
     {"teaching"},
     {"stages", "publish", "evaluate", "verifying"},
     {"pipeline"},
-    {"sweep"},
+    {"sweep", "doctor"},
     {"cli_options"},
-    {"cli_budget", "cli_data", "cli_evaluate", "cli_export", "cli_sweep"},
+    {"cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_sweep"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""
@@ -168,6 +168,7 @@ def inputs(tmp_path_factory):
         ("predict MODEL WAV", 0, "vote"),
         ("recipes check quickstart", 0, "max_param_bytes: 128000"),
         ("data check ROOT", 2, "no such folder"),
+        ("doctor --no-time", 2, "scan: could not be looked at"),
     ],
 )
 def test_answers_where_torch_cannot_be_imported(inputs, command, code, answer):
