@@ -7,7 +7,7 @@ resolved recipe which a bundle carries says all that was done.
 import math
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -254,19 +254,50 @@ class DistillSection(Section):
     train: TrainConfig
 
 
-class PruneSection(Section):
-    """Structured pruning of d_inner, channels removed from the tensors, with fine-tuning after each step."""
+Prunable = Literal["d_inner", "d_model", "d_state", "dt_rank", "directions", "blocks", "stem"]
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share of all d_inner channels to remove, ranked over all blocks together."""
-    steps: Positive = 1
-    importance: Literal["taylor", "magnitude"] = "taylor"
+
+class PruneSection(Section):
+    """Structured pruning, members removed from the tensors, with fine-tuning after each step (docs/pruning.md)."""
+
+    to_budget: bool = False
+    """Down to the limits of `budget` at the precision that will ship; `ratio` has no part in it then."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of each of `dimensions` to remove, ranked over all blocks together. 0.25 when left out."""
+    dimensions: Annotated[tuple[Prunable, ...], Field(min_length=1)] = ()
+    """What may give way. When left out, d_inner by ratio, and everything to the budget."""
+    start: Literal["student", "teacher"] = "student"
+    """What is pruned. From the teacher, there is no student section, and the teacher itself teaches."""
+    steps: Positive | None = None
+    """When left out, 1 by ratio; to the budget, so many that none has to come down to less than 70 %."""
+    importance: Literal["taylor", "activation", "magnitude"] = "taylor"
+    importance_clips: Positive = 256
+    """Training clips that importance and losses are measured on."""
     round_to: Positive = 8
-    """d_inner of each block is kept a multiple of this."""
+    """Widths are kept multiples of this."""
     max_block_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    """No block loses more than this share."""
+    """No dimension of any block or stage loses more than this share, nor the model more of its blocks."""
     finetune: TrainConfig
     """Training after each step, with the loss of `distill` where the recipe has that section."""
+    last_epochs: Positive | None = None
+    """Of the fine-tuning after the last step, where it is to be another number than `finetune.epochs`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolves_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("to_budget") in (True, "true"):
+            return {"dimensions": get_args(Prunable)} | values
+        return {"ratio": 0.25, "dimensions": ("d_inner",), "steps": 1} | values
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> "PruneSection":
+        if self.to_budget and self.ratio is not None:
+            raise ValueError("ratio: has no part in pruning to the budget; leave it out")
+        if len(set(self.dimensions)) < len(self.dimensions):
+            raise ValueError(f"dimensions: {', '.join(self.dimensions)}: each is named once")
+        return self
 
 
 class QuantizeSection(Section):
@@ -339,8 +370,13 @@ class Recipe(Section):
         if not self.features.n_frames(self.data.clip_seconds):
             clip = self.features.clip_samples(self.data.clip_seconds)
             problems.append(f"features.window_samples: {self.features.window_samples}, but a clip has {clip} samples")
-        if self.student is None and (self.distill or self.prune or self.quantize or self.export):
+        from_teacher = self.prune is not None and self.prune.start == "teacher"
+        if self.student is None and not from_teacher and (self.distill or self.prune or self.quantize or self.export):
             problems.append("student: needed by distill, prune, quantize and export")
+        if from_teacher and self.teacher is None:
+            problems.append("prune.start: teacher, but the recipe has no section teacher")
+        if from_teacher and (self.student or self.distill):
+            problems.append("prune.start: the teacher is pruned; leave out student and distill, which would go unused")
         if self.student and not self.student.train and not self.distill:
             problems.append("student.train: needed, since there is no distill section to train the student")
         if not self.data.validation_fraction:
@@ -349,21 +385,22 @@ class Recipe(Section):
                 for place, config in self.trainings().items()
                 if config.keep == "best"
             ]
-        if self.distill:
-            softened = {"distill.train": self.distill.train, "prune.finetune": self.prune and self.prune.finetune}
+        if self.distillation:
+            softened = {
+                "distill.train": self.distill and self.distill.train,
+                "prune.finetune": self.prune and self.prune.finetune,
+            }
             problems += [
                 f"{place}.label_smoothing: has no part in the distillation loss, whose targets are soft; leave it out"
                 for place, config in softened.items()
                 if config and config.label_smoothing
             ]
             for stage in ("teacher", "reference"):
-                if stage in self.distill.teachers and getattr(self, stage) is None:
+                if self.distill and stage in self.distill.teachers and getattr(self, stage) is None:
                     problems.append(f"distill.teachers: names {stage}, but the recipe has no section {stage}")
-        if self.student and self.student.preset == "cp-mobile" and self.prune:
-            problems.append("prune: works on Mamba blocks, and cp-mobile has none")
-        others = {block.mixer for block in (self.student and self.student.blocks) or ()} - {"mamba"}
-        if others and self.prune:
-            problems.append(f"prune: works on mamba blocks, and student.blocks has {', '.join(sorted(others))}")
+        pruned = self.teacher if from_teacher else self.student
+        if self.prune and pruned and pruned.preset == "cp-mobile":
+            problems.append("prune: works on Audio Mamba, and cp-mobile is none")
         checkpointed = self.distill and self.distill.train.activation_checkpointing
         if self.student and self.student.preset == "cp-mobile" and checkpointed:
             problems.append(f"distill.{NO_BLOCKS}")
@@ -376,6 +413,13 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def distillation(self) -> DistillSection | None:
+        """Whom the student, or what is pruned, listens to: pruned itself, a teacher teaches as by default."""
+        if self.distill is None and self.prune is not None and self.prune.start == "teacher":
+            return DistillSection(train=self.prune.finetune)
+        return self.distill
 
     def trainings(self) -> dict[str, TrainConfig]:
         """The recipe's training runs by their place, in the order of the stages."""

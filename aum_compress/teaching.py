@@ -21,7 +21,7 @@ Teacher = Bundle | TeacherFile
 
 def find_teachers(space: Workspace, stages: dict[str, Bundle]) -> list[Teacher]:
     """The teachers that `distill.teachers` names: stages of this run, paths of bundles, or of logits (`.npz`)."""
-    section = space.recipe.distill
+    section = space.recipe.distillation
     names = section.teachers if section else ()
     return [stages[name] if name in stages else _from_outside(name) for name in names]
 
@@ -41,7 +41,7 @@ def check_teacher_files(space: Workspace) -> None:
     Raises:
         DataError: as `load_outputs`.
     """
-    section = space.recipe.distill
+    section = space.recipe.distillation
     for name in section.teachers if section else ():
         if name.endswith(".npz"):
             outputs = _read(space, _from_outside(name).path, space.rendering(section.train).names)

@@ -1,176 +1,267 @@
-"""Structured pruning of d_inner over all Mamba blocks together: channels leave the tensors, no mask stays.
+"""One step of structured pruning: which members go, by a ratio or to a budget, and the smaller model.
 
-Torch-Pruning finds the coupled slices and ranks them. It traces the graph by module hooks and autograd, and a real scan
-misleads it (it takes the outer products of D and N for element-wise operations). So while it traces, each mixer's
-forward is replaced by a *structural surrogate* of the same modules and parameters with the same coupling along d_inner:
-in_proj rows i and i+D; convolution, dt_proj row, A and D row i, x_proj and out_proj column i, for each direction that
-has its own. The importance still comes from the gradients of the real forward.
+To a budget, importance ranks the members *within* a dimension; what a whole dimension is worth is measured: half of it
+is left out, and the rise of the training loss shared out among its members by their scores. So scores of any kind, and
+dimensions of any kind, compare.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-import torch_pruning as tp
-from torch import Tensor, nn
 
+from aum_compress.compress.prune_dimensions import Dimension, dimensions, resized
+from aum_compress.compress.prune_importance import Importance, Losses, best_members, member_scores, unit_scores
+from aum_compress.compress.prune_plan import (
+    CHOICES,
+    Cost,
+    Costing,
+    Room,
+    expected_losses,
+    plan_sizes,
+    share_sizes,
+)
+from aum_compress.compress.prune_slice import merge_ranks_, slice_model
 from aum_compress.errors import AumError
 from aum_compress.models.audio_mamba import AudioMamba
-from aum_compress.models.mamba import MambaMixer
+from aum_compress.models.config import AudioMambaConfig
 
-TRACED_TOKENS = 3
+LEAST_LOSS = 1e-4
+"""Share of the loss that leaving out half of a dimension counts as, where measuring finds less or an improvement."""
+DIGITS = 4
+Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class PruneResult:
-    """Widths of each block before and after one step."""
+class Choice:
+    """What one step takes away."""
 
-    d_inner_before: tuple[int, ...]
-    d_inner_after: tuple[int, ...]
+    kept: Mapping[str, Sequence[int]]
+    """Place -> members that stay, of the dimensions that give way."""
+    note: Mapping[str, Any]
+    """JSON: sizes, importances and what was measured."""
 
 
-def prune_d_inner(
+def kinds_of(names: Sequence[str]) -> list[str]:
+    """Kinds of the dimensions that a recipe names (`prune_plan.CHOICES`)."""
+    return [kind for name in names for kind in CHOICES[name]]
+
+
+def apply_choice(model: AudioMamba, choice: Choice) -> AudioMamba:
+    """The smaller model; `model` is used up."""
+    if any(place.endswith(".dt_rank") for place in choice.kept):
+        merge_ranks_(model)
+    return slice_model(model, choice.kept)
+
+
+def choose_by_budget(
     model: AudioMamba,
-    ratio: float,
+    losses: Losses,
     *,
-    importance: str = "taylor",
-    round_to: int = 8,
-    max_block_ratio: float = 0.75,
-    backward: Callable[[nn.Module], None] | None = None,
-) -> tuple[AudioMamba, PruneResult]:
-    """A smaller model: `ratio` of all d_inner channels removed, ranked over all blocks together.
-
-    Args:
-        ratio: aimed at; widths are then rounded to the nearest multiple of `round_to`.
-        importance: `taylor`, |sum of weight x gradient| over each coupled group, or `magnitude`, its L2 norm.
-        backward: called once with the model to leave gradients of the real loss in it; `taylor` needs it.
-
-    Returns:
-        A new model rebuilt from its configuration, in evaluation mode, and the widths. `model` is used up.
+    importance: Importance,
+    room: Room,
+    costing: Costing,
+    target: Cost,
+    advance: Advance | None = None,
+) -> Choice:
+    """Members whose absence brings the model down to `target` for the least expected loss (`plan_sizes`).
 
     Raises:
-        AumError: nothing could be removed: the ratio is too small for `round_to`; or blocks of another mixer.
+        BudgetExceeded: what may give way is not enough. AumError: nothing would go.
     """
-    if importance == "taylor":
-        if backward is None:
-            raise ValueError("importance 'taylor' needs `backward`")
-        model.zero_grad()
-        backward(model)
-    if others := sorted({block.mixer for block in model.config.blocks} - {"mamba"}):
-        raise AumError(f"prune: works on mamba blocks, and the model has {', '.join(others)}; leave the section out")
-    before = tuple(block.mixer.config.d_inner for block in model.layers)
-    mixers = [block.mixer for block in model.layers]
-    ranking = (
-        tp.importance.GroupTaylorImportance() if importance == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
-    )
-    with _surrogate_forward(mixers) as side_outputs, warnings.catch_warnings():
-        # norms lie along d_model, which is not pruned: nothing to declare for them
-        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-        pruner = _NearestPruner(
-            model,
-            torch.randn(1, TRACED_TOKENS, model.config.d_model),
-            importance=ranking,
-            global_pruning=True,
-            isomorphic=True,
-            pruning_ratio=ratio,
-            max_pruning_ratio=max_block_ratio,
-            round_to=round_to,
-            forward_fn=lambda module, tokens: _trace_blocks(module, tokens, side_outputs),
-            unwrapped_parameters=_unwrapped(mixers),
-            ignored_layers=_outputs_kept(mixers),
-            # in_proj's rows are x and z: i and i+D must be ranked and removed together. Fresh dicts: the constructor
-            # writes into its own mutable defaults
-            out_channel_groups={mixer.in_proj: 2 for mixer in mixers},
-            num_heads={},
-            in_channel_groups={},
-            customized_pruners={},
-            pruning_ratio_dict={},
+    merge_ranks_(model)
+    known = {d.place: d for d in dimensions(model.config) if d.place in room.sizes}
+    scores = _scores(model, list(known.values()), importance, losses)
+    base = mean_loss(model, losses)
+    expected, measured = {}, {}
+    for done, (place, dimension) in enumerate(known.items(), start=1):
+        size = _half(room.sizes[place])
+        kept = _kept(dimension, scores.get(place), size)
+        rise = mean_loss(slice_model(model, {place: kept}), losses) - base
+        measured[place] = {"size": size, "loss_increase": rise}
+        units = unit_scores(dimension, scores[place]) if place in scores else np.ones(1)
+        expected[place] = expected_losses(units, max(1, dimension.size - size), rise, LEAST_LOSS * base)
+        if advance:
+            advance(done, len(known))
+    sizes = plan_sizes(model.config, room, expected, costing, target)
+    return _choice(model, known, scores, sizes, {"loss": base, "measured": measured}, costing)
+
+
+def choose_by_ratio(
+    model: AudioMamba,
+    losses: Losses,
+    *,
+    importance: Importance,
+    names: Sequence[str],
+    ratio: float,
+    round_to: int,
+    largest_share: float,
+    fewest_blocks: int,
+    costing: Costing,
+) -> Choice:
+    """About `ratio` of each kind of dimension named, its members ranked over all blocks together.
+
+    Raises:
+        AumError: a kind that the model does not have, or of which nothing would go.
+    """
+    merge_ranks_(model)
+    sizes: dict[str, int] = {}
+    scores: dict[str, np.ndarray] = {}
+    known: dict[str, Dimension] = {}
+    for name in names:
+        # of Mamba-2, whole heads: a ratio of both heads and their channels would be taken twice
+        kinds = [kind for kind in CHOICES[name] if kind != "head_dim"]
+        for kind in kinds:
+            places = [d for d in dimensions(model.config) if d.kind == kind]
+            known |= {d.place: d for d in places}
+            own = _scores(model, places, importance, losses)
+            scores |= own
+            if kind in ("blocks", "directions"):
+                units = _left_out(model, places, losses)
+            else:
+                units = {d.place: unit_scores(d, _comparable(own[d.place], importance)) for d in places}
+            if places:
+                sizes |= share_sizes(places, units, ratio, round_to, largest_share, fewest_blocks)
+        if not any(known[place].kind in kinds for place in sizes):
+            raise AumError(_nothing_removed(name, [d for d in known.values() if d.kind in kinds], ratio, round_to))
+    return _choice(model, known, scores, sizes, {}, costing)
+
+
+def mean_loss(model: AudioMamba, losses: Losses) -> float:
+    """In evaluation mode, over all batches alike."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = [float(loss) for loss in losses(model)]
+    model.train(training)
+    return float(np.mean(found))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One dimension left smaller."""
+
+    place: str
+    kind: str
+    size: int
+    """Of the whole model, in channels or what the dimension counts."""
+    new_size: int
+    loss_increase: float
+    cost: Cost
+
+    @property
+    def ratio(self) -> float:
+        """Share that is gone."""
+        return 1 - self.new_size / self.size
+
+
+def try_ratios(
+    model: AudioMamba,
+    losses: Losses,
+    *,
+    importance: Importance,
+    room: Room,
+    ratios: Sequence[float],
+    costing: Costing,
+    advance: Advance | None = None,
+) -> Iterator[Tried]:
+    """Every dimension in `room` by itself, at the sizes nearest to each of `ratios` gone; no training follows."""
+    merge_ranks_(model)
+    known = {d.place: d for d in dimensions(model.config) if d.place in room.sizes}
+    scores = _scores(model, list(known.values()), importance, losses)
+    base = mean_loss(model, losses)
+    wanted = []
+    for place, dimension in known.items():
+        whole, *smaller = room.sizes[place]
+        nearest = {min(smaller, key=lambda size, ratio=ratio: abs(size - whole * (1 - ratio))) for ratio in ratios}
+        wanted += [(dimension, size) for size in sorted(nearest, reverse=True)]
+    for done, (dimension, size) in enumerate(wanted, start=1):
+        smaller = slice_model(model, {dimension.place: _kept(dimension, scores.get(dimension.place), size)})
+        rise = mean_loss(smaller, losses) - base
+        cost = costing(smaller.config)
+        yield Tried(
+            dimension.place, dimension.kind, dimension.size * dimension.width, size * dimension.width, rise, cost
         )
-        pruner.step()
-    after = tuple(mixer.out_proj.in_features for mixer in mixers)
-    if before == after:
-        raise AumError(
-            f"prune: ratio {ratio:g} removed nothing from d_inner {list(before)} in multiples of {round_to}. "
-            "Raise prune.ratio or lower prune.round_to"
-        )
-    return _rebuild(model, after), PruneResult(before, after)
+        if advance:
+            advance(done, len(wanted))
 
 
-def _rebuild(model: AudioMamba, widths: tuple[int, ...]) -> AudioMamba:
-    """The pruned tensors in a model built from the new configuration: proof that the configuration says it all."""
-    blocks = tuple(
-        block.model_copy(update={"d_inner": width}) for block, width in zip(model.config.blocks, widths, strict=True)
+def _scores(
+    model: AudioMamba, wanted: Sequence[Dimension], importance: Importance, losses: Losses
+) -> dict[str, np.ndarray]:
+    members = [d for d in wanted if d.kind not in ("blocks", "directions")]
+    return member_scores(model, members, importance, losses) if members else {}
+
+
+def _left_out(model: AudioMamba, places: Sequence[Dimension], losses: Losses) -> dict[str, np.ndarray]:
+    """Place -> (1,) what the loss is without it."""
+    return {d.place: np.array([mean_loss(slice_model(model, {d.place: [0][: d.smallest]}), losses)]) for d in places}
+
+
+def _comparable(scores: np.ndarray, importance: Importance) -> np.ndarray:
+    """Between blocks: as they are where they are of the loss, else by the mean of their own dimension."""
+    return scores if importance == "taylor" or not scores.any() else scores / scores.mean()
+
+
+def _kept(dimension: Dimension, scores: np.ndarray | None, size: int) -> list[int]:
+    return list(range(size)) if scores is None else best_members(dimension, scores, size)
+
+
+def _half(sizes: Sequence[int]) -> int:
+    """Of the sizes that a dimension may have, the largest that leaves out half or more, or else the last one."""
+    return next((size for size in sizes[1:] if size <= sizes[0] / 2), sizes[-1])
+
+
+def _choice(
+    model: AudioMamba,
+    known: Mapping[str, Dimension],
+    scores: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    measured: Mapping[str, Any],
+    costing: Costing,
+) -> Choice:
+    gone = {place for place, size in sizes.items() if known[place].kind == "blocks"}
+    sizes = {p: size for p, size in sizes.items() if p in gone or f"layers.{known[p].block}" not in gone}
+    if not sizes:
+        raise AumError("prune: this step would remove nothing; lower prune.steps or prune.round_to")
+    after = resized(model.config, sizes)
+    before, left = costing(model.config), costing(after)
+    note = {
+        "before": widths(model.config),
+        "after": widths(after),
+        "sizes": {p: [known[p].size * known[p].width, size * known[p].width] for p, size in sizes.items()},
+        "param_bytes": [before.param_bytes, left.param_bytes],
+        "macs": [before.macs, left.macs],
+        "precision": costing.precision,
+        **_rounded(measured),
+        "importances": {place: [_round(value) for value in found] for place, found in scores.items()},
+    }
+    kept = {place: _kept(known[place], scores.get(place), size) for place, size in sizes.items()}
+    return Choice(kept, note)
+
+
+def widths(config: AudioMambaConfig) -> list[int]:
+    """d_inner of every block."""
+    return [block.d_inner for block in config.blocks]
+
+
+def _nothing_removed(name: str, places: Sequence[Dimension], ratio: float, round_to: int) -> str:
+    if not places:
+        return f"prune.dimensions: names {name}, and the model has none; leave it out"
+    sizes = [d.size * d.width for d in places]
+    return (
+        f"prune: ratio {ratio:g} removed nothing from {name} {sizes} in multiples of {round_to}. "
+        "Raise prune.ratio or lower prune.round_to"
     )
-    rebuilt = AudioMamba(model.config.model_copy(update={"blocks": blocks}))
-    rebuilt.load_state_dict(model.state_dict())
-    return rebuilt.eval()
 
 
-class _NearestPruner(tp.pruner.BasePruner):
-    """Rounds widths to the nearest multiple; the original always rounds down, which removes far more than was asked."""
-
-    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
-        width = round((current_channels - n_pruned) / round_to) * round_to
-        return min(max(current_channels - max(width, round_to), 0), current_channels)
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return _round(value) if isinstance(value, float) else value
 
 
-def _unwrapped(mixers: list[MambaMixer]) -> list[tuple[nn.Parameter, int]]:
-    """The mixers' bare parameters and the axis of theirs that is d_inner."""
-    found = []
-    for mixer in mixers:
-        found += [(getattr(mixer, f"A{suffix}_log"), 0) for suffix in mixer.config.scans]
-        found += [(getattr(mixer, f"D{suffix}"), 0) for suffix in mixer.config.projections]
-    return found
-
-
-def _outputs_kept(mixers: list[MambaMixer]) -> list[nn.Module]:
-    """Layers whose outputs are not d_inner. Their inputs are still trimmed."""
-    kept: list[nn.Module] = []
-    for mixer in mixers:
-        kept += [mixer.out_proj, *(getattr(mixer, f"x_proj{suffix}") for suffix in mixer.config.projections)]
-    return kept
-
-
-def _trace_blocks(model: AudioMamba, tokens: Tensor, side_outputs: list[Tensor]) -> list[Tensor]:
-    """The blocks alone: stem, class token and head have no d_inner, and reshapes mislead the tracer."""
-    side_outputs.clear()
-    for block in model.layers:
-        # what a block takes for a sequence has no bearing on its channels
-        tokens = tokens + block.mixer(block.norm(tokens))
-    return [tokens, *side_outputs]
-
-
-@contextmanager
-def _surrogate_forward(mixers: list[MambaMixer]) -> Iterator[list[Tensor]]:
-    """Replaces the mixers' forward while Torch-Pruning traces; yields the side outputs that keep x_proj in reach."""
-    side_outputs: list[Tensor] = []
-
-    def forward(mixer: MambaMixer, tokens: Tensor) -> Tensor:
-        x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
-        # one consumer for each half: offsets of a split are counted by consumers, not by outputs
-        x, z = x * 1.0, z * 1.0
-        total: Tensor | float = 0.0
-        for suffix in mixer.config.projections:
-            # whole window at once and the mean over time: slicing the time axis would be taken for channel slicing
-            u = F.silu(getattr(mixer, f"conv1d{suffix}")(F.pad(x, (mixer.config.d_conv - 1, 0))))
-            u = u.mean(2, keepdim=True).transpose(1, 2)
-            projected = getattr(mixer, f"x_proj{suffix}")(u)
-            side_outputs.append(projected)
-            rank = projected[..., : mixer.config.dt_rank].detach().requires_grad_()
-            dt = getattr(mixer, f"dt_proj{suffix}")(rank)
-            total = total + u * dt * getattr(mixer, f"D{suffix}")
-        for suffix in mixer.config.scans:
-            total = total * getattr(mixer, f"A{suffix}_log").select(1, 0)
-        return mixer.out_proj(total * z.transpose(1, 2))
-
-    for mixer in mixers:
-        mixer.forward = MethodType(forward, mixer)
-    try:
-        yield side_outputs
-    finally:
-        for mixer in mixers:
-            del mixer.forward
+def _round(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
