@@ -293,7 +293,7 @@ def json_sha256(value: Any) -> str:
 def tool_versions() -> dict[str, str]:
     """Versions that decide what a stage computes."""
     found = {"aum-compress": __version__, "python": platform.python_version()}
-    for package in ("torch", "lightning", "torch-pruning", "onnx", "onnxruntime", "numpy"):
+    for package in ("torch", "lightning", "onnx", "onnxruntime", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -12,11 +12,13 @@ from aum_compress.budget.records import BudgetReport, enforce
 from aum_compress.bundle import Bundle, now, tool_versions
 from aum_compress.console import log, only_errors_of
 from aum_compress.errors import AumError, RecipeError
+from aum_compress.export.onnx_writer import fold_if_needed
+from aum_compress.pruning import check_pruning, prune
 from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
 from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.report.schema import REPORT_SCHEMA
 from aum_compress.report.write import report_files
-from aum_compress.stages import distill, prune, quantise, resolve, train_on_labels
+from aum_compress.stages import distill, quantise, resolve, train_on_labels
 from aum_compress.teaching import check_teacher_files, find_teachers
 from aum_compress.train.distributed import FirstProcessFailed, join
 from aum_compress.workspace import Workspace
@@ -102,11 +104,12 @@ def _run(space: Workspace, wanted: Sequence[str]) -> Outcome | None:
 
 
 def _require_models(space: Workspace) -> None:
-    """A model or a file of logits that does not fit is said before hours of training, not after."""
+    """What does not fit, a budget out of reach too, is said before hours of training, not after."""
     for section in (space.recipe.reference, space.recipe.teacher, space.recipe.student):
         if section is not None:
             resolve(space, section)
     check_teacher_files(space)
+    check_pruning(space)
 
 
 def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:
@@ -118,9 +121,10 @@ def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:
         if name in wanted and section is not None and section.train is not None:
             bundles[name] = train_on_labels(space, name)
     teachers = find_teachers(space, bundles) if "distill" in wanted else []
+    from_teacher = recipe.prune is not None and recipe.prune.start == "teacher"
     steps: dict[str, Callable[[Bundle | None], Bundle]] = {
         "distill": lambda parent: distill(space, parent, teachers),
-        "prune": lambda parent: prune(space, parent, teachers),
+        "prune": lambda parent: prune(space, bundles[recipe.prune.start] if from_teacher else parent, teachers),
         "quantize": lambda parent: quantise(space, parent),
     }
     newest = bundles.get("student")
@@ -158,7 +162,7 @@ def _finished(space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle
 def shipped_budget(space: Workspace, newest: Bundle) -> BudgetReport:
     """Of the model as it will ship: an fp32 bundle ships as fp16 where the recipe exports that."""
     half = newest.card.precision == "int8" or bool(space.recipe.export and "fp16" in space.recipe.export.precisions)
-    return space.budget(newest.load_model(), half=half)
+    return space.budget(fold_if_needed(newest.load_model()), half=half)
 
 
 def _report_without_export(space: Workspace, bundles: dict[str, Bundle]) -> Outcome:
@@ -205,17 +209,24 @@ def build_report(space: Workspace, bundles: dict[str, Bundle], shipped: list[Shi
         "gated": gated.path.name if gated else newest.path.name if newest else None,
         "verification": {v.path.name: v.to_dict() for file in shipped for v in file.verifications},
         "training": {name: b.card.notes["history"] for name, b in bundles.items() if "history" in b.card.notes},
-        "pruning": bundles["prune"].card.notes["steps"] if "prune" in bundles else None,
+        "pruning": _pruning_steps(bundles["prune"]) if "prune" in bundles else None,
         "next": f"aum-compress predict {space.exports / gated.path.name} YOUR.wav" if gated else "",
     }
+
+
+def _pruning_steps(bundle: Bundle) -> list[dict[str, Any]]:
+    """Without the importances, which the bundle's card has."""
+    told = ("before", "after", "kinds", "param_bytes", "macs", "validation_accuracy")
+    return [{key: step[key] for key in told if key in step} for step in bundle.card.notes["steps"]]
 
 
 def _bundle_row(space: Workspace, name: str, bundle: Bundle) -> dict[str, Any]:
     budget, section = bundle.card.budget, getattr(space.recipe, name)
     preset = getattr(section, "preset", None)
+    whose = space.recipe.prune.start if space.recipe.prune else "student"
     return {
         "stage": name,
-        "title": f"{name} ({preset})" if preset else f"student, {STEPS[name]}",
+        "title": f"{name} ({preset})" if preset else f"{whose}, {STEPS[name]}",
         "measured_with": "torch",
         "file": None,
         "file_bytes": None,

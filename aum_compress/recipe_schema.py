@@ -24,6 +24,7 @@ from aum_compress.models.config import (
     block_type_for_directions,
 )
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
+from aum_compress.recipe_checks import NO_BLOCKS, misfits
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -135,9 +136,6 @@ class TrainConfig(Section):
                 f"weight_average: needs all weights in each process, and strategy {self.strategy} cuts them up; use ddp"
             )
         return self
-
-
-NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none"
 
 
 class ModelSection(Section):
@@ -366,51 +364,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
-        problems = []
-        if not self.features.n_frames(self.data.clip_seconds):
-            clip = self.features.clip_samples(self.data.clip_seconds)
-            problems.append(f"features.window_samples: {self.features.window_samples}, but a clip has {clip} samples")
-        from_teacher = self.prune is not None and self.prune.start == "teacher"
-        if self.student is None and not from_teacher and (self.distill or self.prune or self.quantize or self.export):
-            problems.append("student: needed by distill, prune, quantize and export")
-        if from_teacher and self.teacher is None:
-            problems.append("prune.start: teacher, but the recipe has no section teacher")
-        if from_teacher and (self.student or self.distill):
-            problems.append("prune.start: the teacher is pruned; leave out student and distill, which would go unused")
-        if self.student and not self.student.train and not self.distill:
-            problems.append("student.train: needed, since there is no distill section to train the student")
-        if not self.data.validation_fraction:
-            problems += [
-                f"{place}.keep: best is chosen on validation clips, and data.validation_fraction is 0; set keep: last"
-                for place, config in self.trainings().items()
-                if config.keep == "best"
-            ]
-        if self.distillation:
-            softened = {
-                "distill.train": self.distill and self.distill.train,
-                "prune.finetune": self.prune and self.prune.finetune,
-            }
-            problems += [
-                f"{place}.label_smoothing: has no part in the distillation loss, whose targets are soft; leave it out"
-                for place, config in softened.items()
-                if config and config.label_smoothing
-            ]
-            for stage in ("teacher", "reference"):
-                if self.distill and stage in self.distill.teachers and getattr(self, stage) is None:
-                    problems.append(f"distill.teachers: names {stage}, but the recipe has no section {stage}")
-        pruned = self.teacher if from_teacher else self.student
-        if self.prune and pruned and pruned.preset == "cp-mobile":
-            problems.append("prune: works on Audio Mamba, and cp-mobile is none")
-        checkpointed = self.distill and self.distill.train.activation_checkpointing
-        if self.student and self.student.preset == "cp-mobile" and checkpointed:
-            problems.append(f"distill.{NO_BLOCKS}")
-        if self.export and "int8" in self.export.precisions and self.quantize is None:
-            problems.append("export.precisions: int8 needs a quantize section")
-        if self.export and self.export.input_rate_hz and not self.export.waveform:
-            problems.append("export.input_rate_hz: of files that read waveforms, and export.waveform is false")
-        if self.verify and self.export is None:
-            problems.append("verify: needs an export section")
-        if problems:
+        if problems := misfits(self):
             raise ValueError("; ".join(problems))
         return self
 

@@ -1,16 +1,13 @@
-"""The stages that make models: reference, teacher, student, distill, prune, quantize."""
+"""The stages that make models: reference, teacher, student, distill, quantize (`pruning` has its own)."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aum_compress.bundle import Bundle, file_sha256
-from aum_compress.compress.prune import PruneResult, prune_d_inner
 from aum_compress.compress.quantize import quantize, signal_to_noise_db
 from aum_compress.console import log, progress
 from aum_compress.models.checkpoints import load_published, read_published, state_for
@@ -18,13 +15,10 @@ from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model
 from aum_compress.recipe_schema import ModelSection, TrainConfig
 from aum_compress.teaching import Teacher, teacher_targets
-from aum_compress.train.distributed import Ranks
 from aum_compress.train.fit import FitResult, fit
-from aum_compress.train.losses import distillation_loss, label_loss, soften
 from aum_compress.train.predict import predict_logits
 from aum_compress.workspace import Made, Workspace
 
-IMPORTANCE_BATCHES = 8
 BATCH = 32
 
 
@@ -39,8 +33,8 @@ def train_on_labels(space: Workspace, name: str) -> Bundle:
         if checkpoint:
             notes["checkpoint"] = [str(checkpoint), *load_published(model, checkpoint.expanduser())]
             log(f"{name}: starts from {'; '.join(notes['checkpoint'])}")
-        result = _fit(space, model, section.train, work_dir, name)
-        made = _made(model, result)
+        result = fit_stage(space, model, section.train, work_dir, name)
+        made = made_by(model, result)
         return Made(made.model, made.metrics, made.notes | notes)
 
     reads = {
@@ -60,8 +54,8 @@ def distill(space: Workspace, start: Bundle | None, teachers: list[Teacher]) -> 
     def make(work_dir: Path) -> Made:
         outputs = teacher_targets(space, teachers, section.train, workers, embeddings=section.feature_weight > 0)
         model = start.load_model() if start else _fresh(space, student)
-        result = _fit(space, model, section.train, work_dir, "distill", *outputs)
-        return _made(model, result)
+        result = fit_stage(space, model, section.train, work_dir, "distill", *outputs)
+        return made_by(model, result)
 
     architecture = student.model_dump(mode="json", exclude={"train"})
     reads = {
@@ -71,43 +65,6 @@ def distill(space: Workspace, start: Bundle | None, teachers: list[Teacher]) -> 
         "responses": space.responses_sha256(section.train),
     }
     return space.stage("distill", start, reads, make, workers)
-
-
-def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
-    """Stage `prune`: channels removed in equal steps, the model fine-tuned after each, without the feature term."""
-    section = space.recipe.prune
-    workers = space.workers(section.finetune)
-    step_ratio = 1 - (1 - section.ratio) ** (1 / section.steps)
-
-    def make(work_dir: Path) -> Made:
-        logits = teacher_targets(space, teachers, section.finetune, workers)[0] if teachers else None
-        model = parent.load_model()
-        widths: list[PruneResult] = []
-        result: FitResult | None = None
-        for step in range(1, section.steps + 1):
-            model, removed = prune_d_inner(
-                model,
-                step_ratio,
-                importance=section.importance,
-                round_to=section.round_to,
-                max_block_ratio=section.max_block_ratio,
-                backward=partial(_backward, space, logits, workers),
-            )
-            widths.append(removed)
-            title = f"prune: step {step}/{section.steps}, d_inner {list(removed.d_inner_after)}"
-            result = _fit(space, model, section.finetune, work_dir / f"step-{step}", title, logits)
-        made = _made(model, result)
-        notes = {"steps": [{"before": w.d_inner_before, "after": w.d_inner_after} for w in widths]}
-        return Made(made.model, made.metrics, made.notes | notes)
-
-    distillation = space.recipe.distill.model_dump(mode="json", exclude={"train"}) if space.recipe.distill else None
-    reads = {
-        "section": section.model_dump(mode="json"),
-        "distill": distillation,
-        "teachers": [t.sha256 for t in teachers],
-        "responses": space.responses_sha256(section.finetune),
-    }
-    return space.stage("prune", parent, reads, make, workers)
 
 
 def quantise(space: Workspace, parent: Bundle) -> Bundle:
@@ -158,7 +115,7 @@ def _fresh(space: Workspace, section: ModelSection) -> Model:
     return build_model(resolve(space, section))
 
 
-def _fit(
+def fit_stage(
     space: Workspace,
     model: Model,
     config: TrainConfig,
@@ -167,6 +124,7 @@ def _fit(
     logits: Tensor | None = None,
     embeddings: Tensor | None = None,
 ) -> FitResult:
+    """One training of a stage, on the recipe's data. Args: title: what it is, the stage's name before a colon."""
     return fit(
         model,
         space.data_module(config),
@@ -179,42 +137,15 @@ def _fit(
         description=title,
         teacher_logits=logits,
         teacher_embeddings=embeddings,
-        distill=space.recipe.distill,
+        distill=space.recipe.distillation,
         ranks=space.workers(config),
     )
 
 
-def _made(model: Model, result: FitResult) -> Made:
+def made_by(model: Model, result: FitResult) -> Made:
+    """What a training leaves, to be written."""
     metrics = {"validation_accuracy": result.validation_accuracy}
     return Made(model, metrics, {"kept_epoch": result.kept_epoch, "history": result.history})
-
-
-def _backward(space: Workspace, logits: Tensor | None, workers: Ranks, model: nn.Module) -> None:
-    """Gradients of the training loss over some training clips, for the importance of channels.
-
-    All of `workers` get those of the first: another machine's rounding must not choose another channel.
-    """
-    train = space.parts.train
-    number = {label: place for place, label in enumerate(space.labels)}
-    rows = np.unique(np.linspace(0, len(train) - 1, IMPORTANCE_BATCHES * BATCH).astype(np.int64))
-    model.eval()
-    for chosen in np.array_split(rows, IMPORTANCE_BATCHES):
-        x = (torch.from_numpy(train[chosen])[:, None] - space.spec.mean) / space.spec.std
-        targets = torch.tensor([number[train.clips[row].label] for row in chosen])
-        if logits is None:
-            loss = label_loss(model(x), targets)
-        else:
-            section = space.recipe.distill
-            loss = distillation_loss(
-                model(x),
-                targets,
-                soften(logits[0, chosen], section.temperature),
-                label_weight=section.label_weight,
-                temperature=section.temperature,
-                kl_reduction=section.kl_reduction,
-            )
-        loss.backward()
-    workers.from_first(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
 def _batches(clips: Tensor, advance) -> Iterator[Tensor]:

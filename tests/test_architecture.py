@@ -20,6 +20,7 @@ ORDER: tuple[set[str], ...] = (
     {"audio", "kernels"},
     {"models"},
     {"data"},
+    {"recipe_checks"},
     {"bundle", "recipe_schema", "console"},  # top-level files that what follows builds on
     {"budget"},
     {"train", "compress", "export"},
@@ -28,6 +29,7 @@ ORDER: tuple[set[str], ...] = (
     {"workspace"},
     {"teaching"},
     {"stages", "publish", "evaluate", "verifying"},
+    {"pruning"},
     {"pipeline"},
     {"sweep", "doctor"},
     {"cli_options"},

@@ -287,7 +287,7 @@ def test_no_space_for_the_report(recipe, copied, monkeypatch):
     ("stage", "place", "kept"),
     [
         ("data", "aum_compress.data.cache.examine_files", ()),
-        ("prune", "aum_compress.stages.prune_d_inner", MODEL_STAGES[:3]),
+        ("prune", "aum_compress.pruning.apply_choice", MODEL_STAGES[:3]),
         ("quantize", "aum_compress.stages.quantize", MODEL_STAGES[:4]),
         ("export", "aum_compress.publish.export_onnx", MODEL_STAGES),
         ("write", "aum_compress.bundle.replace_folder", MODEL_STAGES[:4]),

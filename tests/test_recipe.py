@@ -64,6 +64,14 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
     assert "lambda: 0.5" in again.read_text()
 
 
+def test_pruning_says_all_its_defaults(minimal):
+    by_ratio = load_recipe(minimal, ["prune.finetune.epochs=1"]).prune
+    assert (by_ratio.ratio, by_ratio.dimensions, by_ratio.steps) == (0.25, ("d_inner",), 1)
+    to_budget = load_recipe(minimal, ["prune={to_budget: true, finetune: {epochs: 1}}"]).prune
+    assert to_budget.ratio is to_budget.steps is None
+    assert {"d_model", "stem", "blocks"} < set(to_budget.dimensions)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -82,9 +90,22 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
             "distill.train.label_smoothing: has no part in the distillation loss",
         ),
         (["verify.clips=3"], "verify: needs an export section"),
+        (["student={preset: cp-mobile, train: {epochs: 1}}", "prune.finetune.epochs=1"], "prune: works on Audio Mamba"),
+        (["prune={to_budget: true, ratio: 0.2, finetune: {epochs: 1}}"], "ratio: has no part in pruning to the budget"),
+        (["prune={dimensions: [d_state, d_state], finetune: {epochs: 1}}"], "d_state, d_state: each is named once"),
+        (["prune={dimensions: [heads], finetune: {epochs: 1}}"], "prune.dimensions.0: Input should be 'd_inner'"),
+        (["prune={start: teacher, finetune: {epochs: 1}}"], "prune.start: teacher, but the recipe has no section"),
+        (["prune={start: teacher, finetune: {epochs: 1}}"], "leave out student and distill, which would go unused"),
         (
-            ["student.blocks=[{mixer: mamba2, d_inner: 32, d_state: 8}]", "prune={ratio: 0.2, finetune: {epochs: 1}}"],
-            "prune: works on mamba blocks, and student.blocks has mamba2",
+            ["teacher={preset: cp-mobile, train: {epochs: 1}}", "prune={start: teacher, finetune: {epochs: 1}}"],
+            "prune: works on Audio Mamba, and cp-mobile is none",
+        ),
+        (
+            [
+                "teacher={preset: aum-tiny, train: {epochs: 1}}",
+                "prune={start: teacher, finetune: {epochs: 1, label_smoothing: 0.1}}",
+            ],
+            "prune.finetune.label_smoothing: has no part in the distillation loss",
         ),
         (["student.train.augment.device_response_p=0.5"], "device_response_p needs device_response_folder"),
         (["reference={preset: cp-mobile, depth: 3, train: {epochs: 1}}"], "depth cannot be changed"),

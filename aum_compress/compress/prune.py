@@ -5,6 +5,7 @@ is left out, and the rise of the training loss shared out among its members by t
 dimensions of any kind, compare.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from aum_compress.compress.prune_plan import (
 from aum_compress.compress.prune_slice import merge_ranks_, slice_model
 from aum_compress.errors import AumError
 from aum_compress.models.audio_mamba import AudioMamba
-from aum_compress.models.config import AudioMambaConfig
+from aum_compress.models.config import AudioMambaConfig, BlockConfig
 
 LEAST_LOSS = 1e-4
 """Share of the loss that leaving out half of a dimension counts as, where measuring finds less or an improvement."""
@@ -42,11 +43,6 @@ class Choice:
     """Place -> members that stay, of the dimensions that give way."""
     note: Mapping[str, Any]
     """JSON: sizes, importances and what was measured."""
-
-
-def kinds_of(names: Sequence[str]) -> list[str]:
-    """Kinds of the dimensions that a recipe names (`prune_plan.CHOICES`)."""
-    return [kind for name in names for kind in CHOICES[name]]
 
 
 def apply_choice(model: AudioMamba, choice: Choice) -> AudioMamba:
@@ -227,10 +223,11 @@ def _choice(
     if not sizes:
         raise AumError("prune: this step would remove nothing; lower prune.steps or prune.round_to")
     after = resized(model.config, sizes)
-    before, left = costing(model.config), costing(after)
+    before, left, found = costing(model.config), costing(after), totals(after)
     note = {
         "before": widths(model.config),
         "after": widths(after),
+        "kinds": {kind: [total, found[kind]] for kind, total in totals(model.config).items() if total != found[kind]},
         "sizes": {p: [known[p].size * known[p].width, size * known[p].width] for p, size in sizes.items()},
         "param_bytes": [before.param_bytes, left.param_bytes],
         "macs": [before.macs, left.macs],
@@ -245,6 +242,16 @@ def _choice(
 def widths(config: AudioMambaConfig) -> list[int]:
     """d_inner of every block."""
     return [block.d_inner for block in config.blocks]
+
+
+def totals(config: AudioMambaConfig) -> Counter[str]:
+    """Kind of dimension -> its size, summed over blocks and stages."""
+    found: Counter[str] = Counter()
+    for dimension in dimensions(config):
+        if dimension.kind not in ("blocks", "directions", "head_dim"):
+            found[dimension.kind] += dimension.size * dimension.width
+    scans = sum(len(block.scans) for block in config.blocks if isinstance(block, BlockConfig))
+    return found + Counter({"directions": scans, "blocks": len(config.blocks)})
 
 
 def _nothing_removed(name: str, places: Sequence[Dimension], ratio: float, round_to: int) -> str:

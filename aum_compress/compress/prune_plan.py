@@ -1,4 +1,4 @@
-"""How small a model has to become, and which of its dimensions give way for it. Torch-free.
+"""How small a model has to become, and which of its dimensions give way for it.
 
 Sizes are planned from exact counts alone (`budget.analytic`, `budget.analytic_bytes`): no model is built. What giving
 way costs is told from outside, as the loss expected with each further unit of a dimension.
@@ -18,6 +18,7 @@ from aum_compress.budget.records import Limits, per_second
 from aum_compress.compress.prune_dimensions import Dimension, dimensions, resized
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.config import AudioMambaConfig
+from aum_compress.models.factory import folded_config
 
 STATE_MULTIPLE = 2
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -54,6 +55,7 @@ class Costing:
     """Beginnings of names of layers that stay float16 in an int8 file."""
 
     def __call__(self, config: AudioMambaConfig) -> Cost:
+        config = folded_config(config)
         stored = analytic_stored(config, self.precision)
         if self.precision == "int8" and self.keep_float:
             wide = analytic_stored(config, "fp16")
@@ -136,7 +138,7 @@ def require_reachable(config: AudioMambaConfig, room: Room, costing: Costing, li
             f"prune.to_budget: the model is within the limits as it is ({now.text()} at {costing.precision}, limits "
             f"{_limits_text(limits)}): there is nothing to prune; start from a wider one or leave the section out"
         )
-    least = costing(resized(config, _smallest(config, room, costing, limits)))
+    least = costing(least_config(config, room, costing, limits))
     if not least.within(limits):
         raise BudgetExceeded(
             f"prune.to_budget: cannot be reached: of {now.text()} at {costing.precision} the smallest that pruning may "
@@ -145,12 +147,21 @@ def require_reachable(config: AudioMambaConfig, room: Room, costing: Costing, li
         )
 
 
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Kinds of the dimensions that a recipe names."""
+    return [kind for name in names for kind in CHOICES[name]]
+
+
+def least_config(config: AudioMambaConfig, room: Room, costing: Costing, limits: Cost) -> AudioMambaConfig:
+    """The smallest that pruning may leave; of the blocks, those that then use least of the limits."""
+    return resized(config, _smallest(config, room, costing, limits))
+
+
 def _limits_text(limits: Cost) -> str:
     return f"{limits.macs:,} MACs" if limits.param_bytes >= 2**62 else limits.text()
 
 
 def _smallest(config: AudioMambaConfig, room: Room, costing: Costing, limits: Cost) -> dict[str, int]:
-    """Every size at its end; of the blocks those that then cost least stay."""
     sizes = room.smallest
     removable = [place for place, own in room.sizes.items() if own[-1] == 0]
     whole = costing(resized(config, sizes))
@@ -183,8 +194,8 @@ def plan_sizes(
     """New sizes, by place, with which the model costs no more than `target`.
 
     Greedy: of all dimensions the one gives way, by one of its multiples, that has the least expected loss for each
-    share of what is over the target and would be saved. At the end, what turned out not to be needed is given back,
-    the most expensive first.
+    share of what is over the target and would be saved; what it would save beyond the target counts for nothing. At
+    the end, what turned out not to be needed is given back, the most expensive first.
 
     Args:
         losses: place -> loss expected with each unit that goes, the first one first.
@@ -209,7 +220,7 @@ def plan_sizes(
         if at >= len(room.sizes[place]) or (room.sizes[place][at] == 0 and blocks <= room.fewest_blocks):
             return math.inf
         then = costing(resized(config, sizes | {place: room.sizes[place][at]}))
-        gain = sum((a - b) / excess for a, b, excess, goal in zip(now, then, over, target) if a > goal)
+        gain = sum(min(a - b, a - goal) / excess for a, b, excess, goal in zip(now, then, over, target) if a > goal)
         return extra(place) / gain if gain > 0 else math.inf
 
     # prices only rise as other dimensions give way, so that an old one is a lower bound
@@ -293,20 +304,38 @@ def share_sizes(
     kind = places[0].kind
     single = kind in ("blocks", "directions")  # one unit each
     limit = {d.place: 1 if single else math.floor(largest_share * d.size + 1e-9) for d in places}
-    pool = sorted((float(units[d.place][n]), d.place) for d in places for n in range(limit[d.place]))
-    count = round(ratio * sum(1 if single else d.size for d in places))
+    # a head of Mamba-2 is as many channels as it is wide
+    pool = sorted((float(units[d.place][n]) / d.width, d.place, d.width) for d in places for n in range(limit[d.place]))
+    wanted = ratio * sum(1 if single else d.size * d.width for d in places)
     if kind == "blocks":
-        count = min(count, len(places) - fewest)
-    gone = {place: 0 for place in limit}
-    for _, place in pool[: max(count, 0)]:
+        wanted = min(wanted, len(places) - fewest)
+    gone = dict.fromkeys(limit, 0)
+    for _, place, width in pool:
+        if wanted < width / 2:  # nearer to the ratio without it
+            break
         gone[place] += 1
+        wanted -= width
     sizes = {}
     for dimension in places:
         multiple = 1 if single else multiple_of(dimension, round_to)
         size = round((dimension.size - gone[dimension.place]) / multiple) * multiple
-        size = min(
-            dimension.size, max(size, dimension.smallest, 0 if kind == "blocks" else min(multiple, dimension.size))
-        )
+        if not single:  # rounding must not go below what may be left, nor to nothing
+            floor = max(1, dimension.size - limit[dimension.place])
+            size = min(dimension.size, max(size, math.ceil(floor / multiple) * multiple))
         if size < dimension.size:
             sizes[dimension.place] = size
     return sizes
+
+
+def floors_behind(floors: Mapping[str, int], kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Floors of the model that a step leaves: blocks behind one that went have moved up."""
+    gone = sorted(int(place.split(".")[1]) for place, members in kept.items() if not members)
+    found = {}
+    for place, floor in floors.items():
+        kind, number, *rest = place.split(".") if place.startswith("layers.") else (place, None)
+        if number is None:
+            found[place] = floor
+        elif int(number) not in gone:
+            moved = int(number) - sum(one < int(number) for one in gone)
+            found[".".join((kind, str(moved), *rest))] = floor
+    return found

@@ -131,11 +131,19 @@ class Epoch(TypedDict):
     val_accuracy: float | None
 
 
-class Widths(TypedDict):
-    """d_inner of every block around one pruning step."""
+class PruningStep(TypedDict):
+    """One pruning step."""
 
     before: list[int]
+    """d_inner of every block."""
     after: list[int]
+    kinds: NotRequired[dict[str, tuple[int, int]]]
+    """Dimension -> its size before and after, summed over the model; reports of older runs lack this and the rest."""
+    param_bytes: NotRequired[tuple[int, int]]
+    """At the precision that ships."""
+    macs: NotRequired[tuple[int, int]]
+    validation_accuracy: NotRequired[float | None]
+    """Behind the step's fine-tuning."""
 
 
 class Report(TypedDict):
@@ -158,6 +166,6 @@ class Report(TypedDict):
     """By file name; empty where nothing was verified."""
     training: dict[str, list[Epoch]]
     """By training run."""
-    pruning: list[Widths] | None
+    pruning: list[PruningStep] | None
     next: str
     """The command to try now; empty where there is none."""

@@ -210,17 +210,30 @@ def _training(report: Report) -> Section | None:
 def _pruning(report: Report) -> Section | None:
     if not report["pruning"]:
         return None
-    rows = tuple(
-        (
-            Cell(f"{number}"),
-            Cell(", ".join(map(str, step["before"]))),
-            Cell(", ".join(map(str, step["after"]))),
-            share(sum(step["before"]) - sum(step["after"]), sum(step["before"])),
+    rows = []
+    for number, step in enumerate(report["pruning"], start=1):
+        # reports of older runs have the inner widths alone
+        kinds = step.get("kinds") or {"d_inner": (sum(step["before"]), sum(step["after"]))}
+        rows.append(
+            (
+                Cell(f"{number}"),
+                Cell(", ".join(f"{kind} {before:,} → {after:,}" for kind, (before, after) in kinds.items())),
+                Cell(", ".join(map(str, step["after"]))),
+                Cell(figure(step.get("param_bytes", (None, None))[1])),
+                Cell(figure(step.get("macs", (None, None))[1])),
+                Cell(figure(step.get("validation_accuracy"), ".1f")),
+            )
         )
-        for number, step in enumerate(report["pruning"], start=1)
+    columns = (
+        *numbers("step"),
+        *names("what gave way", "d_inner of each block behind it"),
+        *numbers("param bytes", "MACs", "validation accuracy"),
     )
-    columns = (*numbers("step"), *names("d_inner before", "d_inner after"), *numbers("removed"))
-    return Section("pruning", "Pruning", ("Inner width of every Mamba block.",), (Table("Steps", columns, rows),))
+    text = (
+        "Sizes are summed over blocks and stages; bytes are those of the file that ships; accuracy, in %, is that "
+        "behind the step's fine-tuning."
+    )
+    return Section("pruning", "Pruning", (text,), (Table("Steps", columns, tuple(rows)),))
 
 
 def _verification(report: Report) -> Section | None:

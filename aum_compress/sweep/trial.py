@@ -16,6 +16,15 @@ from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.analytic_bytes import Precision, analytic_stored
 from aum_compress.budget.records import per_second
 from aum_compress.bundle import Bundle, json_sha256, replace_folder
+from aum_compress.compress.prune_plan import (
+    Cost,
+    Costing,
+    fewest_blocks,
+    kinds_of,
+    least_config,
+    room,
+    share_floors,
+)
 from aum_compress.console import log
 from aum_compress.data.config import DataConfig
 from aum_compress.data.index import load_index
@@ -23,7 +32,7 @@ from aum_compress.errors import RecipeError, TrainingDiverged, VerificationFaile
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.pipeline import STAGES, run, shipped_budget
 from aum_compress.recipe import load_recipe
-from aum_compress.recipe_schema import Recipe
+from aum_compress.recipe_schema import BudgetSection, Recipe
 from aum_compress.sweep.space import Space, settings_of
 from aum_compress.train.metrics import macro_accuracy
 from aum_compress.train.predict import predict_logits
@@ -178,23 +187,29 @@ def _stages(until: str | None) -> Sequence[str]:
 def _counted(recipe: Recipe, until: str | None) -> tuple[int | None, int]:
     """The least that the student can come to, from its configuration alone: param bytes where known, and MACs a second.
 
-    Pruning may take channels from any block, up to `max_block_ratio` of each.
+    Pruning may take what `prune.dimensions` names, up to `max_block_ratio` of each.
     """
     seconds = recipe.data.clip_seconds
     config = recipe.student.resolve(
         recipe.features.n_mels, recipe.features.n_frames(seconds), len(_labels(recipe.data, recipe.seed))
     )
     if recipe.prune and "prune" in _stages(until):
-        config = _pruned(config, 1 - recipe.prune.max_block_ratio)
+        config = _pruned(recipe, config, until)
     macs = per_second(sum(analytic_macs(config).values()), seconds)
     if isinstance(config, CPMobileConfig):
         return None, macs
     return sum(stored.param_bytes for stored in analytic_stored(config, _precision(recipe, until)).values()), macs
 
 
-def _pruned(config: AudioMambaConfig, kept: float) -> AudioMambaConfig:
-    blocks = tuple(block.model_copy(update={"d_inner": max(1, int(block.d_inner * kept))}) for block in config.blocks)
-    return config.model_copy(update={"blocks": blocks})
+def _pruned(recipe: Recipe, config: AudioMambaConfig, until: str | None) -> AudioMambaConfig:
+    section, share = recipe.prune, recipe.prune.max_block_ratio
+    left = room(
+        *(config, kinds_of(section.dimensions), section.round_to),
+        *(share_floors(config, share), fewest_blocks(config, share)),
+    )
+    costing = Costing(_precision(recipe, until), recipe.data.clip_seconds)
+    limits = recipe.budget or BudgetSection()
+    return least_config(config, left, costing, Cost(limits.max_param_bytes, limits.max_macs))
 
 
 def _precision(recipe: Recipe, until: str | None) -> Precision:
