@@ -71,6 +71,9 @@ def budget_check(
     ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Table of all layers with their shares.")] = False,
     top: Annotated[int | None, typer.Option(min=1, help="The same, but only of the N largest layers.")] = None,
+    file_bytes: Annotated[
+        bool, typer.Option("--bytes", help="Where each byte of an ONNX file goes, down to names and functions.")
+    ] = False,
     dim: Annotated[
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="Size of an open dimension of an ONNX input; repeatable."),
@@ -92,6 +95,9 @@ def budget_check(
     from aum_compress.budget.targets import Reading, check_target, named_counts, targets_in
 
     limits = named_limits(limit, max_param_bytes, max_macs)
+    if file_bytes:
+        _show_parts(targets, as_json)
+        return
     reading = Reading(named_counts("--dim", dim or []), named_counts("--trips", trips or []), clip_seconds, classes)
     names = targets if compare else targets_in(targets)
     if compare and len(names) != 2:
@@ -108,6 +114,21 @@ def budget_check(
         pack = pack_report(reports)
         _show_pack(pack, layers, top, as_json)
         enforce_pack(pack)
+
+
+def _show_parts(targets: list[str], as_json: bool) -> None:
+    from aum_compress.budget.onnx_parts import file_parts
+    from aum_compress.report.budget_table import parts_table
+
+    if foreign := [target for target in targets if not target.endswith(".onnx")]:
+        raise AumError(f"--bytes: {foreign[0]} is no .onnx file, and only such a file has more bytes than its tensors")
+    found = {target: file_parts(Path(target)) for target in targets}
+    if as_json:
+        print_json(found)
+        return
+    for target, parts in found.items():
+        say(target)
+        show(parts_table(parts))
 
 
 def _show_report(report: Any, layers: bool, top: int | None, as_json: bool) -> None:

@@ -325,3 +325,15 @@ def test_options_that_are_not_for_a_target_are_refused(runs, files):
     refused = message("budget", runs / "06-quantize", "--clip-seconds", 2, "--classes", 4)
     assert "--clip-seconds, --classes cannot be used with a bundle" in refused
     assert record("budget", "student", "--classes", 4, "--max-param-bytes", 10**6)["layers"][-1]["params"] == 4 * 65
+
+
+def test_where_each_byte_of_a_file_goes(finished):
+    files = [finished.outcome.folder / f"model-int8{reads}.onnx" for reads in ("", "-waveform")]
+    found = record("budget", *files, "--bytes")
+    assert {name: sum(parts.values()) for name, parts in found.items()} == {
+        str(path): path.stat().st_size for path in files
+    }
+    text = answer("budget", files[1], "--bytes")
+    assert "function LogMel" in text
+    assert f"{files[1].stat().st_size:,}" in text
+    assert "--bytes: aum-small is no .onnx file" in message("budget", "aum-small", "--bytes")

@@ -153,8 +153,8 @@ _FIRST = (
 
 
 def ints(name: str, *values: int) -> str:
-    """A list of whole numbers as a Constant."""
-    return f"{name} = Constant <value_ints = [{', '.join(map(str, values))}]> ()"
+    """A list of whole numbers as a Constant: a tensor, since onnxruntime 1.20 loses the shape of `value_ints`."""
+    return f"{name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
 
 
 def whole(name: str, value: int) -> str:

@@ -17,6 +17,7 @@ from aum_compress import __version__
 from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import FEATURES, OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half, tidy
+from aum_compress.export.onnx_compact import compact
 from aum_compress.export.onnx_file import IR_VERSION, OPSET, write_whole
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
 from aum_compress.export.ssd_function import SSD_NAMES, ssd_function
@@ -166,6 +167,7 @@ def _finished(exported: ir.Model, metadata: OnnxMetadata) -> onnx.ModelProto:
     exported.metadata_props.update(metadata.to_props())
     proto = ir.to_proto(exported)
     del proto.graph.value_info[:]  # every runtime infers shapes for itself
+    compact(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 

@@ -1,5 +1,7 @@
 """A budget report for people: a table by layer, and lines that say how it stands to its limits."""
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
 from aum_compress.budget.pack import PackReport
@@ -31,6 +33,18 @@ def budget_table(report: BudgetReport, top: int | None = None) -> Table:
         others = [layer for layer in report.layers if layer.name not in named]
         param_bytes, macs = sum(layer.param_bytes for layer in others), sum(layer.macs for layer in others)
         _row(table, report, f"{len(others)} others", "", param_bytes, macs)
+    return table
+
+
+def parts_table(parts: Mapping[str, int]) -> Table:
+    """One row a part of a file (`budget.onnx_parts`), with its share."""
+    whole = sum(parts.values())
+    table = Table(show_footer=True)
+    table.add_column("part of the file", footer="total", overflow="fold")
+    table.add_column("bytes", footer=f"{whole:,}", justify="right")
+    table.add_column("share")
+    for name, count in parts.items():
+        table.add_row(name, f"{count:,}", _bar(count, whole))
     return table
 
 

@@ -1,0 +1,174 @@
+"""The same computation in fewer bytes and nodes: an int8 layer is one node, and nothing is said that is so by default.
+
+Written out, an int8 layer is five nodes: QuantizeLinear and DequantizeLinear of its input, DequantizeLinear of its
+weight, Cast of its bias, and the layer. Their names and those of the values between them are a sixth of a student's
+file. Here they stand once, in a model-local function; runtimes inline it, and fuse what they fused before.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx
+from onnx import defs, helper
+
+from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_VERSION
+
+_CONV_ATTRIBUTES = ("strides", "pads", "group", "dilations")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One kind of int8 layer."""
+
+    operator: str
+    """Of its product."""
+    has_bias: bool
+    weight_axis: int = 0
+    """Axis of the weight's outputs, along which its scales run."""
+    attributes: tuple[str, ...] = ()
+    """Those that calls give."""
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """Those that stand in the function."""
+    adds_bias: bool = False
+    """By an Add behind the product."""
+
+
+_LAYERS = {
+    "Int8Conv": _Layer("Conv", has_bias=True, attributes=_CONV_ATTRIBUTES),
+    "Int8Gemm": _Layer("Gemm", has_bias=True, fixed={"transB": 1}),
+    "Int8Linear": _Layer("MatMul", has_bias=True, weight_axis=1, adds_bias=True),
+    "Int8MatMul": _Layer("MatMul", has_bias=False, weight_axis=1),
+}
+"""Name of a function -> what it stands for; of two with the same operator the first that fits is taken."""
+
+
+def int8_function(name: str, opset: int) -> onnx.FunctionProto:
+    """One of `aum_compress::Int8Conv`, `Int8Gemm`, `Int8Linear` and `Int8MatMul`: a layer of int8 weights on an input
+    that is rounded to uint8.
+
+    (x, input_scale, input_zero_point, weight, weight_scale[, bias]) to y; a bias may be float16.
+    """
+    layer = _LAYERS[name]
+    formals = "x, input_scale, input_zero_point, weight, weight_scale" + ", bias" * layer.has_bias
+    given = [f"{key}: {'int' if key == 'group' else 'ints'} = @{key}" for key in layer.attributes]
+    given += [f"{key} = {value}" for key, value in layer.fixed.items()]
+    product, attributes = "product" if layer.adds_bias else "y", f"<{', '.join(given)}>" if given else ""
+    bias = ", wide_bias" * (layer.has_bias and not layer.adds_bias)
+    lines = (
+        "levels = QuantizeLinear (x, input_scale, input_zero_point)",
+        "rounded = DequantizeLinear (levels, input_scale, input_zero_point)",
+        f"wide_weight = DequantizeLinear <axis = {layer.weight_axis}> (weight, weight_scale)",
+        *(["wide_bias = Cast <to = 1> (bias)"] * layer.has_bias),
+        f"{product} = {layer.operator} {attributes} (rounded, wide_weight{bias})",
+        *(["y = Add (product, wide_bias)"] * layer.adds_bias),
+    )
+    head = f'<domain: "{SCAN_DOMAIN}", opset_import: ["": {opset}]>'
+    declared = f"<{', '.join(layer.attributes)}>" if layer.attributes else ""
+    signature = f"{name} {declared} ({formals}) => (y)"
+    return onnx.parser.parse_function("\n".join((head, signature, "{", *lines, "}")))
+
+
+def compact(proto: onnx.ModelProto) -> None:
+    """Makes a finished graph smaller, in place; each stored tensor keeps its name and value."""
+    opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+    for node in proto.graph.node:
+        _drop_defaults(node, opset)
+    wrapped = _wrap_int8_layers(proto.graph)
+    proto.functions.extend(int8_function(name, opset) for name in sorted(wrapped))
+    for function in proto.functions:
+        for node in function.node:
+            _drop_defaults(node, opset)
+    if wrapped and SCAN_DOMAIN not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(SCAN_DOMAIN, SCAN_VERSION))
+
+
+def _drop_defaults(node: onnx.NodeProto, opset: int) -> None:
+    if node.domain:
+        return
+    schema = defs.get_schema(node.op_type, opset)
+    defaults = {name: attribute.default_value for name, attribute in schema.attributes.items()}
+    kept = [attribute for attribute in node.attribute if not _is_default(node, attribute, defaults)]
+    if len(kept) < len(node.attribute):
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+
+def _is_default(node: onnx.NodeProto, attribute: onnx.AttributeProto, defaults: dict[str, onnx.AttributeProto]) -> bool:
+    if attribute.ref_attr_name:
+        return False
+    value, default = helper.get_attribute_value(attribute), defaults[attribute.name]
+    if default.name:
+        return value == helper.get_attribute_value(default)
+    # those of a convolution have no fixed default, since their length is that of the kernel, which the weight tells
+    ones = attribute.name in ("strides", "dilations") and set(value) == {1}
+    zeros = attribute.name == "pads" and set(value) == {0}
+    return node.op_type == "Conv" and (ones or zeros or attribute.name == "kernel_shape")
+
+
+def _wrap_int8_layers(graph: onnx.GraphProto) -> set[str]:
+    """Calls in place of the nodes of int8 layers; returns the names of the functions."""
+    found = _Int8Layers(graph)
+    calls: dict[int, onnx.NodeProto] = {}
+    gone: set[int] = set()
+    for node in graph.node:
+        for name, layer in _LAYERS.items():
+            if node.op_type == layer.operator and not node.domain and (parts := found.parts(node, layer)):
+                inputs, replaced = parts
+                attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+                given = {key: value for key, value in attributes.items() if key in layer.attributes}
+                call = helper.make_node(name, inputs, replaced[-1].output, node.name, domain=SCAN_DOMAIN, **given)
+                calls[id(replaced[-1])] = call
+                gone.update(map(id, replaced))
+                break
+    nodes = [calls.get(id(node), node) for node in graph.node if id(node) in calls or id(node) not in gone]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return {call.op_type for call in calls.values()}
+
+
+class _Int8Layers:
+    """Finds the nodes of int8 layers in a graph."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.readers = {name: node for node in graph.node for name in node.input}
+        self.uses = Counter(name for node in graph.node for name in node.input)
+        self.uses.update(output.name for output in graph.output)
+        self.stored = {tensor.name for tensor in graph.initializer}
+
+    def parts(self, product: onnx.NodeProto, layer: _Layer) -> tuple[list[str], list[onnx.NodeProto]] | None:
+        """Inputs of the call, and the nodes that it stands for, the last one at the end; None for any other form."""
+        rest = {a.name: helper.get_attribute_value(a) for a in product.attribute if a.name not in layer.attributes}
+        n_inputs = 2 + (layer.has_bias and not layer.adds_bias)
+        if rest != layer.fixed or len(product.input) != n_inputs:
+            return None
+        rounded = self._made_by(product.input[0], "DequantizeLinear")
+        levels = rounded and self._made_by(rounded.input[0], "QuantizeLinear")
+        weight = self._made_by(product.input[1], "DequantizeLinear")
+        if not levels or not weight or len(levels.input) != 3 or levels.input[1:] != rounded.input[1:]:
+            return None
+        axis = next((attribute.i for attribute in weight.attribute if attribute.name == "axis"), 1)
+        if axis != layer.weight_axis or len(weight.input) != 2 or not self.stored.issuperset(weight.input):
+            return None
+        inputs, replaced = [*levels.input, *weight.input], [levels, rounded, weight, product]
+        if not layer.has_bias:
+            return inputs, replaced
+        bias = product.input[2] if not layer.adds_bias else ""
+        if layer.adds_bias:
+            addition = self.readers.get(product.output[0])
+            if addition is None or addition.op_type != "Add" or self.uses[product.output[0]] != 1:
+                return None
+            (bias,) = (name for name in addition.input if name != product.output[0])
+            replaced.append(addition)
+        cast = self._made_by(bias, "Cast")
+        inputs.append(cast.input[0] if cast else bias)
+        if inputs[-1] not in self.stored:
+            return None
+        return inputs, [cast, *replaced] if cast else replaced
+
+    def _made_by(self, name: str, operator: str) -> onnx.NodeProto | None:
+        """The node that makes `name`, for one reader alone."""
+        node = self.makers.get(name)
+        return node if node is not None and node.op_type == operator and self.uses[name] == 1 else None
