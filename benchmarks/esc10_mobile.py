@@ -227,7 +227,7 @@ def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[s
     """
     sections = sections | {
         "quantize": {"calibration_clips": 512, "percentile": 99.99},
-        "export": {"inputs": ["features"]},
+        "export": {"waveform": False},
         "verify": {"clips": 32},
     }
     recipe = fold.recipe(config, **sections)
