@@ -19,7 +19,9 @@ BROADBAND, TONAL = 1e-3, 0.05
 dB below it, where every float32 transform, torch's too, has but rounding noise."""
 _KALDI_BROADBAND = 5e-3
 """Kaldi adds nothing to the power before its logarithm, so chance brings some cells close to nothing in noise too."""
-_TONES = ("square wave", "constant", "recordings")
+NOISE_BESIDE_TONES = ("square wave", "constant")
+"""Nearly all of their cells hold that noise, which a network's logits follow by more than arithmetic's error."""
+_TONES = (*NOISE_BESIDE_TONES, "recordings")
 _TONE_HZ = 440.3
 
 
