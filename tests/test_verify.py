@@ -17,7 +17,7 @@ from aum_compress.errors import ModelFileError, VerificationFailed
 from aum_compress.export.verification import TOLERANCES, Check, Tolerance, Verification, compare
 from aum_compress.export.verify import saturation_notes, verify_onnx
 from aum_compress.export.verify_inputs import golden_file, read_golden, stress_inputs
-from aum_compress.models import mamba
+from aum_compress.models import scan
 from aum_compress.models.config import uniform_blocks
 from aum_compress.models.factory import build_model
 from aum_compress.models.scan import selective_scan
@@ -98,7 +98,7 @@ def test_verdict_is_json_and_names_no_folder(tmp_path):
 
 def test_oracle_scan_is_put_away_again(tmp_path):
     verify_onnx(written(tmp_path, "fp32"), reference("fp32"))
-    assert mamba.selective_scan is selective_scan
+    assert scan.selective_scan is selective_scan
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from aum_compress.budget.analytic import scan_macs
 from aum_compress.budget.onnx_contrib import contrib_function, is_contrib
 from aum_compress.budget.onnx_control import CONTROL, BodyRun, ControlRun, run_if, run_loop, run_scan
 from aum_compress.budget.onnx_cost import COUNTED, Cost, node_operations, source_of
@@ -30,12 +31,14 @@ from aum_compress.budget.onnx_values import (
     schema_of,
     stored_value,
 )
-from aum_compress.budget.operators import ONNX_BY_DEFINITION
+from aum_compress.budget.operators import MAC, ONNX_BY_DEFINITION
 from aum_compress.budget.records import Operations
 from aum_compress.errors import AumError, ModelFileError, join_problems
 
-SCAN_FUNCTION = ("aum_compress", "SelectiveScan")
-"""Domain and name of the model-local function that `export` writes around a scan."""
+SCAN_DOMAIN, SCAN_PREFIX = "aum_compress", "SelectiveScan"
+"""Domain, and how the names begin, of the model-local functions that `export` writes around a scan."""
+TWO_WAY = ("FoBi", "BiBi")
+"""How they go on where two directions are in one."""
 FRONT_END_FUNCTIONS = {("aum_compress", name) for name in ("LogMel", "KaldiFbank", "Resample")}
 """Those that turn a waveform into features; all that they compute belongs to the layer `FRONT_END`."""
 
@@ -62,8 +65,9 @@ def measure_graph(
 ) -> GraphCost:
     """Follows one run of the graph.
 
-    A product counts as a MAC inside the function `aum_compress::SelectiveScan`, and in and around a Scan or a Loop that
-    carries floating-point values; elsewhere as the elementwise operation `multiply`. A SiLU's own product belongs to
+    A function `aum_compress::SelectiveScan...` counts what the definition of a selective scan costs, in whatever form
+    its recurrence is written. Elsewhere a product counts as a MAC in and around a Scan or a Loop that carries
+    floating-point values, else as the elementwise operation `multiply`. A SiLU's own product belongs to
     the SiLU. A body counts once for every step or trip; of two branches the more expensive one counts. Integers that
     follow from constants and sizes alone are shapes and axes, and not counted.
 
@@ -209,18 +213,28 @@ class _Walk:
         whole: bool = False,
     ) -> list[Step]:
         """The nodes of a function, as if they stood in place of its call."""
-        is_scan = (node.domain, node.op_type) == SCAN_FUNCTION
+        is_scan = node.domain == SCAN_DOMAIN and node.op_type.startswith(SCAN_PREFIX)
         is_front_end = (node.domain, node.op_type) in FRONT_END_FUNCTIONS
+        layer = FRONT_END if is_front_end else scope.layer_of(node)
         inner = Scope(
             _opsets(function.opset_import),
             scope,
-            layer=FRONT_END if is_front_end else scope.layer_of(node),
+            layer=layer,
             sees_outer=False,
             whole=whole or is_scan or is_front_end or scope.whole,
             is_scan=is_scan or scope.is_scan,
         )
         inner.values |= {name: value for name, value in zip(function.input, inputs) if value is not None}
-        steps = self._nodes(bound(function, node), inner, cost)
+        ran = Cost() if is_scan else cost
+        steps = self._nodes(bound(function, node), inner, ran)
+        if is_scan:
+            defined = _scan_operations(node, inputs)
+            cost.add(layer, "scan", defined)
+            if (products := ran.weight[0]) > 1.1 * defined[MAC]:
+                self.notes.append(
+                    f"{node.op_type} {_title(node)}: runs {products:,} products where the definition of the scan, "
+                    f"which is what is counted, has {defined[MAC]:,}"
+                )
         made = []
         for formal, name in zip(function.output, node.output):
             if name:
@@ -303,6 +317,16 @@ class _Walk:
         """A stored tensor that gives its name to a layer."""
         several = math.prod(tensor.dims) > 1 and tensor.data_type != onnx.TensorProto.INT64
         return name in self.scales or several
+
+
+def _scan_operations(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> dict[str, int]:
+    """What `budget.analytic.scan_macs` says, for u of any layout (B,D,L) or (B,L,D) and A (D,N)."""
+    u, A = inputs[0], inputs[2]
+    d_inner, d_state = A.shape
+    directions = 2 if node.op_type.removeprefix(SCAN_PREFIX).startswith(TWO_WAY) else 1
+    steps = directions * u.size
+    found = {MAC: directions * scan_macs(d_inner, d_state, u.size // d_inner), "exp": steps * d_state}
+    return found | {"softplus": steps, "silu": steps, "add": u.size * (directions - 1)}
 
 
 def _title(node: onnx.NodeProto) -> str:

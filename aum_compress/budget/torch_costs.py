@@ -242,6 +242,15 @@ def _selective_scan(inputs: Values, outputs: Values) -> Counter[str]:
     return found
 
 
+def _two_way_scan(inputs: Values, outputs: Values) -> Counter[str]:
+    """Two selective scans with softplus, skip and gate, and their sum."""
+    batch, d_inner, n_tokens = shape_of(inputs[0])
+    d_state = shape_of(inputs[2])[1]
+    steps = batch * d_inner * n_tokens
+    macs = 2 * batch * scan_macs(d_inner, d_state, n_tokens)
+    return Counter({MAC: macs, "exp": 2 * steps * d_state, "softplus": 2 * steps, "silu": 2 * steps, "add": steps})
+
+
 def _ssd(inputs: Values, outputs: Values) -> Counter[str]:
     """What `models.ssd` runs: cumulative sums, decays, two products of matrices, skip."""
     x, _, _, b, *_ = inputs
@@ -275,6 +284,7 @@ HANDLES: dict[str, Handle] = {
     "aten::stft": _stft,
     **{f"aten::{name}": _dropout for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")},
     "aum_compress::selective_scan": _selective_scan,
+    "aum_compress::two_way_scan": _two_way_scan,
     "aum_compress::ssd": _ssd,
     "aum_compress::quantize_dequantize": _elementwise("quantize", "dequantize"),
     "aum_compress::dequantize_weight": _elementwise("dequantize"),

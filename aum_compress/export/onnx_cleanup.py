@@ -14,7 +14,14 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential, common
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import rewrite
-from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule, normalize_pad_format_conv_rule
+from onnxscript.rewriter.rules.common import (
+    fuse_pad_into_conv_rule,
+    no_op_transpose_rule,
+    normalize_pad_format_conv_rule,
+    transpose_transpose_rule,
+)
+
+from aum_compress.export.onnx_speed import activate_by_token, convolve_in_two_dimensions, divide_by_root
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -34,10 +41,15 @@ def tidy(model: ir.Model, stored: Set[str]) -> None:
     fold_constants_ir(model, should_fold=by_default_unless_stored)
     common.RemoveUnusedNodesPass()(model)
     transpose_weights(model)
-    rewrite(model, [normalize_pad_format_conv_rule, fuse_pad_into_conv_rule])
+    rewrite(
+        model,
+        [normalize_pad_format_conv_rule, fuse_pad_into_conv_rule, transpose_transpose_rule, no_op_transpose_rule],
+    )
+    Sequential(common.IdentityEliminationPass(), common.CommonSubexpressionEliminationPass())(model)
+    divide_by_root(model)
+    activate_by_token(model)
+    convolve_in_two_dimensions(model)
     Sequential(
-        common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),

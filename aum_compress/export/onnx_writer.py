@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from aum_compress.export.metadata import FEATURES, OnnxMetadata
 from aum_compress.export.onnx_cleanup import store_half, tidy
 from aum_compress.export.onnx_compact import compact
 from aum_compress.export.onnx_file import IR_VERSION, OPSET, write_whole
-from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAME, SCAN_VERSION, scan_function
+from aum_compress.export.scan_forms import ScanForm
+from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_VERSION, ScanKind, scan_function, scan_name
 from aum_compress.export.ssd_function import SSD_NAMES, ssd_function
 from aum_compress.models.factory import Model, fold_batch_norm, folded_config
 from aum_compress.models.quantized import round_to_half_, stored_tensors
@@ -27,7 +28,9 @@ from aum_compress.models.quantized import round_to_half_, stored_tensors
 OUTPUT_NAME = "logits"
 
 
-def export_onnx(model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_batch: bool = False) -> None:
+def export_onnx(
+    model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_batch: bool = False, scan: ScanForm = "scan"
+) -> None:
     """Writes `model` to `path`: input `features` (1,1,F,T), output `logits` (1,C), both float32.
 
     All arithmetic is float32. Precision fp16 and int8 store float tensors as float16 where that loses nothing, which
@@ -36,6 +39,7 @@ def export_onnx(model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_bat
     Args:
         model: in evaluation mode, on the CPU; batch normalisation is folded here if that has not been done.
         dynamic_batch: leave the first axis of both open instead of fixing it at 1.
+        scan: how the recurrence of Mamba-1 blocks is written (`scan_forms`); all forms compute the same.
 
     Raises:
         ModelFileError: metadata that does not fit the model, or a path that cannot be written; nothing half-written
@@ -44,11 +48,12 @@ def export_onnx(model: Model, path: Path, metadata: OnnxMetadata, *, dynamic_bat
     _check_fit(model, path, metadata)
     model = fold_if_needed(model)
     stored = stored_tensors(model, half=metadata.precision != "fp32")
-    exported = _trace(model, dynamic_batch)
+    functions = _Functions(scan)
+    exported = _trace(model, dynamic_batch, functions)
     tidy(exported, stored.keys())
     if metadata.precision != "fp32":
         store_half(exported, {name for name, tensor in stored.items() if tensor.dtype == torch.float16})
-    write_whole(_finished(exported, metadata), path)
+    write_whole(_finished(exported, metadata, functions), path)
 
 
 def fold_if_needed(model: Model) -> Model:
@@ -87,7 +92,7 @@ def _check_fit(model: Model, path: Path, metadata: OnnxMetadata) -> None:
         raise ModelFileError(f"{path}: the model is in training mode: call model.eval() before exporting it")
 
 
-def _trace(model: Model, dynamic_batch: bool) -> ir.Model:
+def _trace(model: Model, dynamic_batch: bool, functions: "_Functions") -> ir.Model:
     # a dynamic axis of example size 1 would be taken for a constant
     example = torch.zeros(2 if dynamic_batch else 1, 1, model.config.n_mels, model.config.n_frames)
     axes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
@@ -95,8 +100,10 @@ def _trace(model: Model, dynamic_batch: bool) -> ir.Model:
         program = torch.export.export(model, (example,), dynamic_shapes=axes, strict=False)
         program = program.run_decompositions(
             {
-                torch.ops.aum_compress.selective_scan.default: _scan_node,
-                torch.ops.aum_compress.ssd.default: _ssd_node,
+                torch.ops.aum_compress.selective_scan.default: functions.selective_scan,
+                torch.ops.aum_compress.two_way_scan.default: functions.two_way_scan,
+                torch.ops.aum_compress.ssd.default: functions.ssd,
+                torch.ops.aten.softplus.default: _softplus,
             }
         )
         exported = torch.onnx.export(
@@ -118,29 +125,59 @@ def _trace(model: Model, dynamic_batch: bool) -> ir.Model:
     return exported.model
 
 
-def _scan_node(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    if D is None or z is None or delta_bias is not None or not delta_softplus:
-        raise ModelFileError(
-            "SelectiveScan is written for softplus, skip and gate without delta_bias, as MambaMixer calls it"
+class _Functions:
+    """What torch's mixing operators become: calls of model-local functions, which are collected here."""
+
+    def __init__(self, form: ScanForm) -> None:
+        self.form = form
+        self.called: dict[str, onnx.FunctionProto] = {}
+
+    def selective_scan(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> Tensor:
+        if D is None or z is None or delta_bias is not None or not delta_softplus:
+            raise ModelFileError(
+                "SelectiveScan is written for softplus, skip and gate without delta_bias, as MambaMixer calls it"
+            )
+        return self._scan("one-way", u, delta, A, B, C, D, z)
+
+    def two_way_scan(self, *parts: Tensor | None) -> Tensor:
+        given = [part for part in parts if part is not None]
+        return self._scan("fo-bi" if len(given) < len(parts) else "bi-bi", *given)
+
+    def ssd(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, two_way: bool) -> Tensor:
+        self.called[SSD_NAMES[two_way]] = ssd_function(OPSET, two_way)
+        return self._call(SSD_NAMES[two_way], (x, dt, A, B, C, D), x)
+
+    def _scan(self, kind: ScanKind, *parts: Tensor) -> Tensor:
+        # (B,D,L) as in mamba-ssm to (B,L,D) as projections make and read them: most transposes cancel out
+        by_token = [part.transpose(1, 2) if part.dim() == 3 else part for part in parts]
+        length = parts[0].shape[2]
+        name = scan_name(kind, self.form, length)
+        self.called[name] = scan_function(OPSET, kind, self.form, length)
+        return self._call(name, by_token, by_token[0]).transpose(1, 2)
+
+    @staticmethod
+    def _call(name: str, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{SCAN_DOMAIN}::{name}", parts, dtype=like.dtype, shape=like.shape, version=SCAN_VERSION
         )
-    return torch.onnx.ops.symbolic(
-        f"{SCAN_DOMAIN}::{SCAN_NAME}", (u, delta, A, B, C, D, z), dtype=u.dtype, shape=u.shape, version=SCAN_VERSION
-    )
 
 
-def _ssd_node(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, two_way: bool) -> Tensor:
-    name = f"{SCAN_DOMAIN}::{SSD_NAMES[two_way]}"
-    return torch.onnx.ops.symbolic(name, (x, dt, A, B, C, D), dtype=x.dtype, shape=x.shape, version=SCAN_VERSION)
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """One node: ONNX's has no threshold, above which torch gives x, from which it differs by less than exp(-20)."""
+    if (beta, threshold) != (1, 20):
+        raise ModelFileError(f"softplus with beta {beta} and threshold {threshold}: torch's own 1 and 20 were wanted")
+    return torch.onnx.ops.symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape)
 
 
 # torch traces its own translations at opset 18 and converts the whole graph to OPSET afterwards
@@ -154,13 +191,11 @@ def _dequantize_weight(weight, scale):
     return opset18.DequantizeLinear(weight, scale, axis=0)
 
 
-def _finished(exported: ir.Model, metadata: OnnxMetadata) -> onnx.ModelProto:
-    called = {node.op_type for node in exported.graph}
-    for proto in (scan_function(OPSET), *(ssd_function(OPSET, two_way) for two_way in SSD_NAMES)):
-        if proto.name in called:
-            function = ir.serde.deserialize_function(proto)
-            exported.functions[function.identifier()] = function
-            exported.opset_imports[SCAN_DOMAIN] = SCAN_VERSION
+def _finished(exported: ir.Model, metadata: OnnxMetadata, functions: _Functions) -> onnx.ModelProto:
+    for name in sorted(functions.called):
+        function = ir.serde.deserialize_function(functions.called[name])
+        exported.functions[function.identifier()] = function
+        exported.opset_imports[SCAN_DOMAIN] = SCAN_VERSION
     exported.ir_version = IR_VERSION
     exported.producer_name, exported.producer_version = "aum-compress", __version__
     exported.graph.name = metadata.recipe or "aum_compress"

@@ -31,9 +31,8 @@ from aum_compress.export.verify_waveform import (
     training_features,
 )
 from aum_compress.export.waveform_input import split_front_end
-from aum_compress.models import mamba, mamba2
+from aum_compress.models import mamba, mamba2, scan
 from aum_compress.models.factory import Model
-from aum_compress.models.scan import selective_scan_oracle
 from aum_compress.models.ssd import ssd_oracle
 
 _SATURATED_DB, _SATURATION_GAP_DB = 35.0, 10.0
@@ -218,9 +217,9 @@ def _scans(model: Model) -> bool:
 @contextmanager
 def _oracle_scan() -> Iterator[None]:
     """Lets every mixer run the definition in place of the kernel and of the matmul form."""
-    kernel, matmul_form = mamba.selective_scan, mamba2.ssd
-    mamba.selective_scan, mamba2.ssd = selective_scan_oracle, ssd_oracle
+    kernel, matmul_form = scan.selective_scan, mamba2.ssd
+    scan.selective_scan, mamba2.ssd = scan.selective_scan_oracle, ssd_oracle
     try:
         yield
     finally:
-        mamba.selective_scan, mamba2.ssd = kernel, matmul_form
+        scan.selective_scan, mamba2.ssd = kernel, matmul_form

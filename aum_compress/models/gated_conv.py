@@ -21,7 +21,7 @@ class GatedConvMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)  # (B,D,L) each
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B,L,D) each
         before = (self.config.d_conv - 1) // 2
-        u = F.silu(self.conv1d(F.pad(x, (before, self.config.d_conv - 1 - before))))
-        return self.out_proj((u * F.silu(z)).transpose(1, 2))
+        u = F.silu(self.conv1d(F.pad(x.transpose(1, 2), (before, self.config.d_conv - 1 - before))))
+        return self.out_proj(u.transpose(1, 2) * F.silu(z))

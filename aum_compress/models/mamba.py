@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum_compress.kernels import cuda
+from aum_compress.models import scan
 from aum_compress.models.config import BlockConfig
-from aum_compress.models.scan import selective_scan
 
 # the range that Mamba draws its initial step sizes from (Gu and Dao 2023, section 3.6), for sequences of hundreds
 DT_MIN, DT_MAX = 1e-3, 1e-1
@@ -61,21 +61,22 @@ class MambaMixer(nn.Module):
         setattr(self, f"D{suffix}", nn.Parameter(torch.ones(d_inner)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)  # (B,D,L) each
+        x, z = (half.transpose(1, 2) for half in self.in_proj(tokens).chunk(2, dim=-1))  # (B,D,L) each
         if self.config.block_type == "v2":
-            backward = self.scan_direction(x.flip(-1), z.flip(-1), BACKWARD)
-            y = (self.scan_direction(x, z, FORWARD) + backward.flip(-1)) * 0.5
+            y = self._two_ways(x, z) * 0.5
         else:
-            inputs = (*self.scan_inputs(x, FORWARD), z)
-            y = self._scan(*inputs, self.A_log, self.D)
+            u, delta, b, c = self.scan_inputs(x, FORWARD)
             if self.config.block_type == "v1":  # the convolution has been causal: only what it gave is turned round
-                y = y + self._scan(*(t.flip(-1) for t in inputs), self.A_b_log, self.D).flip(-1)
+                y = scan.two_way_scan(u, delta, self._rates(FORWARD), b, c, self.D.float(), z, self._rates(BACKWARD))
+            else:
+                y = self._scan(u, delta, b, c, z, FORWARD)
         return self.out_proj(y.transpose(1, 2))
 
-    def scan_direction(self, x: Tensor, z: Tensor, suffix: str) -> Tensor:
-        """Causal convolution, input-dependent parameters and gated scan of one direction; all (B,D,L)."""
-        state_matrix, skip = getattr(self, f"A{suffix}_log"), getattr(self, f"D{suffix}")
-        return self._scan(*self.scan_inputs(x, suffix), z, state_matrix, skip)
+    def _two_ways(self, x: Tensor, z: Tensor) -> Tensor:
+        u, delta, b, c = self.scan_inputs(x, FORWARD)
+        u_back, delta_back, b_back, c_back = self.scan_inputs(x.flip(-1), BACKWARD)
+        back = (u_back, delta_back, b_back, c_back, self.D_b.float())
+        return scan.two_way_scan(u, delta, self._rates(FORWARD), b, c, self.D.float(), z, self._rates(BACKWARD), back)
 
     def scan_inputs(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of x (B,D,L): u and delta (B,D,L), B and C (B,N,L)."""
@@ -92,6 +93,10 @@ class MambaMixer(nn.Module):
             return cuda.causal_convolution(x, convolution.weight.squeeze(1), convolution.bias)
         return F.silu(convolution(F.pad(x, (self.config.d_conv - 1, 0))))
 
-    @staticmethod
-    def _scan(u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-        return selective_scan(u, delta, -torch.exp(A_log.float()), b, c, D.float(), z, delta_softplus=True)
+    def _rates(self, suffix: str) -> Tensor:
+        """A (D,N), negative."""
+        return -torch.exp(getattr(self, f"A{suffix}_log").float())
+
+    def _scan(self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, suffix: str) -> Tensor:
+        skip = getattr(self, f"D{suffix}").float()
+        return scan.selective_scan(u, delta, self._rates(suffix), b, c, skip, z, delta_softplus=True)

@@ -52,6 +52,33 @@ def selective_scan(
     return y.to(u.dtype)
 
 
+def two_way_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    A_back: Tensor,
+    back: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The sequence scanned from both ends, each scan with softplus, skip and gate as in `selective_scan`, and added.
+
+    Args:
+        u, delta, A, B, C, D, z: of `selective_scan`, for the direction that begins at the first token.
+        A_back: (D,N), of the direction that begins at the last one.
+        back: u, delta, B, C and D of that direction, its tokens in the order in which it reads them; when left out,
+            both directions read the same (AuM's Fo-Bi).
+
+    Returns:
+        (B,D,L), in the order of `u`.
+    """
+    parts = (u, delta, A, B, C, D, z, A_back, *(back or (None,) * 5))
+    # the operator stands for one node in traces and exports; training goes through the autograd of the two scans
+    return _both_ways(*parts) if torch.is_grad_enabled() else _two_way_node(*parts)
+
+
 def selective_scan_oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> Tensor:
     """The definition as a plain loop; shapes of `selective_scan`. Only tests and verification call it."""
     if delta_bias is not None:
@@ -101,6 +128,53 @@ def _scan_backward(
     _, backward = _implementation(u, A)
     gradients = backward(grad, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return [g for g in gradients if g is not None]
+
+
+def _both_ways(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    A_back: Tensor,
+    u_back: Tensor | None,
+    delta_back: Tensor | None,
+    B_back: Tensor | None,
+    C_back: Tensor | None,
+    D_back: Tensor | None,
+) -> Tensor:
+    y = selective_scan(u, delta, A, B, C, D, z, delta_softplus=True)
+    if u_back is None:
+        u_back, delta_back, B_back, C_back = (t.flip(-1) for t in (u, delta, B, C))
+        D_back = D
+    turned = selective_scan(u_back, delta_back, A_back, B_back, C_back, D_back, z.flip(-1), delta_softplus=True)
+    return y + turned.flip(-1)
+
+
+@torch.library.custom_op("aum_compress::two_way_scan", mutates_args=())
+def _two_way_node(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    A_back: Tensor,
+    u_back: Tensor | None,
+    delta_back: Tensor | None,
+    B_back: Tensor | None,
+    C_back: Tensor | None,
+    D_back: Tensor | None,
+) -> Tensor:
+    return _both_ways(u, delta, A, B, C, D, z, A_back, u_back, delta_back, B_back, C_back, D_back).contiguous()
+
+
+@_two_way_node.register_fake
+def _(u, delta, A, B, C, D, z, A_back, u_back, delta_back, B_back, C_back, D_back):
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 def _implementation(u: Tensor, A: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor | None, ...]]]:
