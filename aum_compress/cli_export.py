@@ -16,6 +16,12 @@ class Input(StrEnum):
     waveform = "waveform"
 
 
+class Scan(StrEnum):
+    scan = "scan"
+    chunked = "chunked"
+    unrolled = "unrolled"
+
+
 def export(
     source: Annotated[
         Path,
@@ -41,16 +47,19 @@ def export(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Leave the batch axis open; it is 1 otherwise.")
     ] = False,
+    scan: Annotated[
+        Scan, typer.Option(help="How a recurrence is written; chunked and unrolled need no control flow.")
+    ] = Scan.scan,
 ) -> None:
     """Export the model of one bundle to ONNX, with and without its front-end, and verify it."""
     inputs = tuple(dict.fromkeys(kind.value for kind in reads or Input))
     if input_rate and "waveform" not in inputs:
         raise AumError("--input-rate: is of files that read waveforms; leave it out, or add --input waveform")
     if source.suffix == ".onnx":
-        if precision or dynamic_batch or inputs == ("features",):
+        if precision or dynamic_batch or scan != Scan.scan or inputs == ("features",):
             raise AumError(
-                f"{source}: an exported file only gets its front-end inside; --precision, --dynamic-batch and --input "
-                "features are for the export of a bundle"
+                f"{source}: an exported file only gets its front-end inside; --precision, --dynamic-batch, --scan and "
+                "--input features are for the export of a bundle"
             )
         _put_inside(source, folder, input_rate)
         return
@@ -61,7 +70,7 @@ def export(
     bundle = read_bundle(source)
     default = ("int8",) if bundle.card.precision == "int8" else ("fp32", "fp16")
     precisions = tuple(p.value for p in precision) if precision else default
-    export_bundle(bundle, folder, ExportOptions(precisions, inputs, input_rate, dynamic_batch))
+    export_bundle(bundle, folder, ExportOptions(precisions, inputs, input_rate, dynamic_batch, scan.value))
     for name in precisions:
         for kind in inputs:
             say(f"{folder / file_name(name, kind)}  verified")

@@ -30,6 +30,7 @@ from aum_compress.errors import BundleError, VerificationFailed
 from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.runtime import Classifier
+from aum_compress.export.scan_forms import ScanForm
 from aum_compress.export.verification import Verification
 from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.export.verify_inputs import golden_file
@@ -94,7 +95,8 @@ def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
         for done, (precision, model) in enumerate(models.items(), start=1):
             source = quantized if precision == "int8" else full
             target = Path(folder) / file_name(precision)
-            export_onnx(model, target, _metadata(space, source, model, precision), dynamic_batch=section.dynamic_batch)
+            metadata = _metadata(space, source, model, precision)
+            export_onnx(model, target, metadata, dynamic_batch=section.dynamic_batch, scan=section.scan)
             files[target.name] = target
             if section.waveform:
                 with_front_end = Path(folder) / file_name(precision, WAVEFORM)
@@ -189,6 +191,7 @@ class ExportOptions:
     input_rate_hz: int | None = None
     """Of the waveform; the front-end's own rate when left out."""
     dynamic_batch: bool = False
+    scan: ScanForm = "scan"
 
 
 def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundle:
@@ -218,7 +221,7 @@ def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundl
                 parent_sha256=bundle.sha256,
             )
             targets = {reads: Path(beside) / file_name(precision, reads) for reads in (FEATURES, WAVEFORM)}
-            export_onnx(model, targets[FEATURES], metadata, dynamic_batch=options.dynamic_batch)
+            export_onnx(model, targets[FEATURES], metadata, dynamic_batch=options.dynamic_batch, scan=options.scan)
             if WAVEFORM in options.inputs:
                 write_waveform_file(targets[FEATURES], targets[WAVEFORM], options.input_rate_hz)
             for reads in options.inputs:

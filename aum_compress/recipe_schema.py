@@ -330,6 +330,8 @@ class ExportSection(Section):
     """Of the samples that those files read, and resample; the front-end's own rate when left out."""
     dynamic_batch: bool = False
     """Any number of clips at once, in place of one."""
+    scan: Literal["scan", "chunked", "unrolled"] = "scan"
+    """How Mamba-1's recurrence is written: as ONNX `Scan`, or without control flow for runtimes that have none."""
     name: FolderName | None = None
     """Folder below exports/; the recipe's name when left out."""
 
