@@ -108,7 +108,7 @@ def test_parts_add_up_to_the_file(write, precision, tmp_path):
     assert parts.get(FRONT_END_VALUES) == report.front_end_bytes
     assert 300 < parts[METADATA] < 1000
     assert 0 < parts[FRAMING] < 1000
-    assert "function SelectiveScan" in parts
+    assert "function SelectiveScanBiBi" in parts
     assert sum(tensor.numel() for tensor in model(precision).state_dict().values()) > 1000
 
 
