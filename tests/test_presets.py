@@ -4,6 +4,7 @@ import pytest
 
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.budget.check import check_preset
 from aum_compress.models.factory import folded_config
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 from aum_compress.recipe_schema import StudentSection
@@ -19,6 +20,13 @@ def test_each_lane_keeps_its_limits_with_ten_classes(name):
     assert sum(layer.param_bytes for layer in stored) == param_bytes <= limit
     assert sum(layer.params for layer in stored) <= limit // (2 if precision == "fp16" else 1)
     assert 0.7 * 30e6 < sum(analytic_macs(config).values()) <= 30e6
+
+
+@pytest.mark.parametrize("name", LANES)
+def test_the_budget_of_a_lane_is_that_of_what_ships(name):
+    report = check_preset(name)
+    assert not report.over
+    assert report.param_bytes == LANES[name][2]
 
 
 @pytest.mark.parametrize("name", LANES)

@@ -1,6 +1,7 @@
 """Named models: the published AuM sizes, students of two lanes, the rival. Torch-free."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from aum_compress.models.config import (
     AudioMambaConfig,
@@ -123,3 +124,5 @@ PRESETS: dict[str, Callable[[int, int, int], AudioMambaConfig | CPMobileConfig]]
     ),
 }
 """Name -> function of (n_mels, n_frames, n_classes)."""
+LANES: dict[str, Literal["fp16", "int8"]] = {"student-int8": "int8", "student-fp16": "fp16"}
+"""Presets that are made for a limit -> the precision at which they keep it."""
