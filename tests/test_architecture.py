@@ -30,10 +30,11 @@ ORDER: tuple[set[str], ...] = (
     {"teaching"},
     {"stages", "publish", "evaluate", "verifying", "benching"},
     {"pruning"},
+    {"prune_sensitivity"},
     {"pipeline"},
     {"sweep", "doctor"},
     {"cli_options"},
-    {"cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_sweep"},
+    {"cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_prune", "cli_sweep"},
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""

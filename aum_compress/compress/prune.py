@@ -232,6 +232,7 @@ def _choice(
         "param_bytes": [before.param_bytes, left.param_bytes],
         "macs": [before.macs, left.macs],
         "precision": costing.precision,
+        "model": after.model_dump(mode="json"),
         **_rounded(measured),
         "importances": {place: [_round(value) for value in found] for place, found in scores.items()},
     }
