@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from aum_compress import __version__
 from aum_compress.audio.config import InputSpec
 from aum_compress.errors import BundleError, join_problems
 from aum_compress.models.config import ModelConfig
+from aum_compress.models.storage import QuantisedPrecision, Storage, as_storages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,9 @@ class BundleCard(BaseModel):
     model: ModelConfig
     input: InputSpec
     labels: tuple[str, ...]
-    precision: Literal["fp32", "fp16", "int8"]
-    quantized_layers: tuple[str, ...] = ()
+    precision: Literal["fp32", "fp16", QuantisedPrecision]
+    quantized_layers: dict[str, Storage] = {}
+    """Name of each layer and activation that is quantised -> how; a list of names, as older cards have, is int8."""
     seed: int
     versions: dict[str, str]
     created: str
@@ -68,6 +70,8 @@ class BundleCard(BaseModel):
     notes: dict[str, Any] = {}
     """What the stage wants to be remembered: training curves, pruning importances, quantisation error."""
     files: dict[str, str] = {}
+
+    _reads_names = field_validator("quantized_layers", mode="before")(as_storages)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from aum_compress.cli_evaluate import evaluate
 from aum_compress.cli_export import export
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
 from aum_compress.cli_prune import add_prune
+from aum_compress.cli_quantize import add_quantize
 from aum_compress.cli_sweep import sweep
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
@@ -102,7 +103,6 @@ def _stage_verb(stages: str, until: str) -> Any:
 
 app.command("train")(_stage_verb("the models that learn from labels alone: reference, teacher, student", "student"))
 app.command("distill")(_stage_verb("the distilled student", "distill"))
-app.command("quantize")(_stage_verb("the quantised student", "quantize"))
 app.command("sweep")(sweep)
 app.command("doctor")(doctor)
 
@@ -132,6 +132,7 @@ def _run(
 
 
 add_prune(app, _run)
+add_quantize(app, _run)
 app.command()(export)
 
 

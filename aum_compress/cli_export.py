@@ -34,7 +34,7 @@ def export(
     ],
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="fp32 or fp16 of a float bundle, int8 of a quantised one; repeatable."),
+        typer.Option(help="fp32 or fp16 of a float bundle; a quantised one has its own. Repeatable."),
     ] = None,
     reads: Annotated[
         list[Input] | None,
@@ -65,10 +65,11 @@ def export(
         return
 
     from aum_compress.bundle import read_bundle
+    from aum_compress.models.storage import QUANTISED
     from aum_compress.publish import ExportOptions, export_bundle, file_name
 
     bundle = read_bundle(source)
-    default = ("int8",) if bundle.card.precision == "int8" else ("fp32", "fp16")
+    default = (bundle.card.precision,) if bundle.card.precision in QUANTISED else ("fp32", "fp16")
     precisions = tuple(p.value for p in precision) if precision else default
     export_bundle(bundle, folder, ExportOptions(precisions, inputs, input_rate, dynamic_batch, scan.value))
     for name in precisions:

@@ -9,9 +9,12 @@ import typer
 
 
 class Precision(StrEnum):
+    """Of a whole model."""
+
     fp32 = "fp32"
     fp16 = "fp16"
     int8 = "int8"
+    int4 = "int4"
 
 
 class StageName(StrEnum):

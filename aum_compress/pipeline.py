@@ -26,7 +26,7 @@ from aum_compress.workspace import Workspace
 STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
 
 
-STEPS = {"distill": "distilled", "prune": "pruned", "quantize": "int8"}
+STEPS = {"distill": "distilled", "prune": "pruned", "quantize": "quantised"}
 """Stage -> what it makes of the student, in words of the report."""
 
 
@@ -125,7 +125,7 @@ def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:
     steps: dict[str, Callable[[Bundle | None], Bundle]] = {
         "distill": lambda parent: distill(space, parent, teachers),
         "prune": lambda parent: prune(space, bundles[recipe.prune.start] if from_teacher else parent, teachers),
-        "quantize": lambda parent: quantise(space, parent),
+        "quantize": lambda parent: quantise(space, parent, teachers),
     }
     newest = bundles.get("student")
     for name, step in steps.items():
@@ -161,7 +161,7 @@ def _finished(space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle
 
 def shipped_budget(space: Workspace, newest: Bundle) -> BudgetReport:
     """Of the model as it will ship: an fp32 bundle ships as fp16 where the recipe exports that."""
-    half = newest.card.precision == "int8" or bool(space.recipe.export and "fp16" in space.recipe.export.precisions)
+    half = newest.card.precision != "fp32" or bool(space.recipe.export and "fp16" in space.recipe.export.precisions)
     return space.budget(fold_if_needed(newest.load_model()), half=half)
 
 
@@ -210,6 +210,7 @@ def build_report(space: Workspace, bundles: dict[str, Bundle], shipped: list[Shi
         "verification": {v.path.name: v.to_dict() for file in shipped for v in file.verifications},
         "training": {name: b.card.notes["history"] for name, b in bundles.items() if "history" in b.card.notes},
         "pruning": _pruning_steps(bundles["prune"]) if "prune" in bundles else None,
+        "quantisation": _quantisation(space, bundles["quantize"]) if "quantize" in bundles else None,
         "next": f"aum-compress predict {space.exports / gated.path.name} YOUR.wav" if gated else "",
     }
 
@@ -218,6 +219,19 @@ def _pruning_steps(bundle: Bundle) -> list[dict[str, Any]]:
     """Without the importances, which the bundle's card has."""
     told = ("before", "after", "kinds", "param_bytes", "macs", "validation_accuracy")
     return [{key: step[key] for key in told if key in step} for step in bundle.card.notes["steps"]]
+
+
+def _quantisation(space: Workspace, bundle: Bundle) -> dict[str, Any]:
+    card, searched = bundle.card, bundle.card.notes.get("search")
+    keys = ("param_bytes", "accuracy_drop", "rolled_back")
+    return {
+        "layers": card.quantized_layers,
+        "weight_bits": space.recipe.quantize.weight_bits,
+        "saturating_pairs": card.notes["saturating_pairs"],
+        "sqnr_db": next(value for name, value in card.metrics.items() if name.endswith("_sqnr_db")),
+        "search": searched
+        and {key: searched[key] for key in keys} | {key: searched["sensitivity"][key] for key in ("part", "clips")},
+    }
 
 
 def _bundle_row(space: Workspace, name: str, bundle: Bundle) -> dict[str, Any]:

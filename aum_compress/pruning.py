@@ -109,7 +109,9 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
 def costing(recipe: Recipe, clip_seconds: float) -> Costing:
     """At the precision of the file that the recipe ships."""
     if recipe.quantize:
-        return Costing("int8", clip_seconds, recipe.quantize.keep_float)
+        return Costing(
+            "int4" if recipe.quantize.precision == "int4" else "int8", clip_seconds, recipe.quantize.keep_float
+        )
     return Costing("fp16" if recipe.export and "fp16" in recipe.export.precisions else "fp32", clip_seconds)
 
 

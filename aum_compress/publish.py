@@ -37,6 +37,7 @@ from aum_compress.export.verify_inputs import golden_file
 from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.factory import Model
 from aum_compress.models.quantized import stored_tensors
+from aum_compress.models.storage import QUANTISED
 from aum_compress.recipe import dump_recipe
 from aum_compress.workspace import FOLDERS, Workspace
 
@@ -63,14 +64,14 @@ def file_name(precision: str, reads: Reads = FEATURES) -> str:
 
 def gated_precision(precisions: tuple[str, ...]) -> str:
     """Of the files of an export, the one that ships and has to keep the budget: the smallest."""
-    return next(precision for precision in ("int8", "fp16", "fp32") if precision in precisions)
+    return next(precision for precision in (*QUANTISED, "fp16", "fp32") if precision in precisions)
 
 
 def torch_models(full: Bundle, quantized: Bundle | None, precisions: tuple[str, ...]) -> dict[str, Model]:
     """Precision -> the torch model whose numbers the file of that precision holds."""
     models: dict[str, Model] = {}
     for precision in precisions:
-        if precision == "int8":
+        if precision in QUANTISED:
             models[precision] = quantized.load_model()
         else:
             folded = fold_if_needed(full.load_model())
@@ -81,7 +82,7 @@ def torch_models(full: Bundle, quantized: Bundle | None, precisions: tuple[str, 
 def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
     """Stage `export`: one ONNX file a precision in runs/<recipe>/07-export, not verified yet."""
     section = space.recipe.export
-    parent = quantized if "int8" in section.precisions else full
+    parent = quantized if set(QUANTISED) & set(section.precisions) else full
     parents = {bundle.card.stage: bundle.sha256 for bundle in (full, quantized) if bundle}
     reads = {"section": section.model_dump(mode="json"), "parents": parents}
     inputs_sha256 = space.inputs_sha256("export", reads)
@@ -93,7 +94,7 @@ def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
     with tempfile.TemporaryDirectory() as folder, progress("export") as reporter:
         files: dict[str, bytes | Path] = {}
         for done, (precision, model) in enumerate(models.items(), start=1):
-            source = quantized if precision == "int8" else full
+            source = quantized if precision in QUANTISED else full
             target = Path(folder) / file_name(precision)
             metadata = _metadata(space, source, model, precision)
             export_onnx(model, target, metadata, dynamic_batch=section.dynamic_batch, scan=section.scan)
@@ -198,14 +199,15 @@ def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundl
     """Exports and verifies the model of one bundle, without a recipe or data: `folder` becomes a bundle of kind onnx.
 
     Raises:
-        BundleError: int8 from a model that is not quantised, or a float precision from one that is.
+        BundleError: a quantised precision that is not the model's, or a float precision from a quantised model.
         VerificationFailed: nothing is written then.
     """
     card, precisions = bundle.card, options.precisions
-    is_int8 = card.precision == "int8"
-    if wrong := [precision for precision in precisions if (precision == "int8") != is_int8]:
-        able = "int8" if is_int8 else "fp32 and fp16"
-        raise BundleError(f"{bundle.path}: holds {card.precision} and exports as {able}, not {', '.join(wrong)}")
+    able = (card.precision,) if card.precision in QUANTISED else ("fp32", "fp16")
+    if wrong := [precision for precision in precisions if precision not in able]:
+        raise BundleError(
+            f"{bundle.path}: holds {card.precision} and exports as {' and '.join(able)}, not {', '.join(wrong)}"
+        )
     models = torch_models(bundle, bundle, precisions)
     golden = golden_file(bundle.golden()[0], models)
     with tempfile.TemporaryDirectory() as beside:

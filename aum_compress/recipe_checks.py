@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from aum_compress.models.storage import QUANTISED
+
 NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none"
 
 
@@ -31,6 +33,7 @@ def misfits(recipe: Any) -> list[str]:
         softened = {
             "distill.train": recipe.distill and recipe.distill.train,
             "prune.finetune": recipe.prune and recipe.prune.finetune,
+            "quantize.train": recipe.quantize and recipe.quantize.train,
         }
         problems += [
             f"{place}.label_smoothing: has no part in the distillation loss, whose targets are soft; leave it out"
@@ -46,8 +49,11 @@ def misfits(recipe: Any) -> list[str]:
     checkpointed = recipe.distill and recipe.distill.train.activation_checkpointing
     if recipe.student and recipe.student.preset == "cp-mobile" and checkpointed:
         problems.append(f"distill.{NO_BLOCKS}")
-    if recipe.export and "int8" in recipe.export.precisions and recipe.quantize is None:
-        problems.append("export.precisions: int8 needs a quantize section")
+    for name in sorted(set(recipe.export.precisions if recipe.export else ()) & set(QUANTISED)):
+        if recipe.quantize is None:
+            problems.append(f"export.precisions: {name} needs a quantize section")
+        elif name != recipe.quantize.precision:
+            problems.append(f"export.precisions: {name}, but quantize makes {recipe.quantize.precision}: name that")
     if recipe.export and recipe.export.input_rate_hz and not recipe.export.waveform:
         problems.append("export.input_rate_hz: of files that read waveforms, and export.waveform is false")
     if recipe.verify and recipe.export is None:

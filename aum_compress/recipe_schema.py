@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from aum_compress.audio.config import FrontEnd, LogMelConfig
 from aum_compress.data.config import DataConfig
@@ -24,13 +24,11 @@ from aum_compress.models.config import (
     block_type_for_directions,
 )
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
+from aum_compress.models.storage import WEIGHT_BITS, QuantisedPrecision, WeightStorage
 from aum_compress.recipe_checks import NO_BLOCKS, misfits
+from aum_compress.recipe_train import NonNegative, Positive, PositiveFloat, Section, TrainConfig
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Preset = Literal["aum-tiny", "aum-small", "aum-base", "student", "student-int8", "student-fp16", "cp-mobile"]
-Probability = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 def _one_folder(name: str) -> str:
@@ -40,102 +38,6 @@ def _one_folder(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_one_folder)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
-
-
-class AugmentConfig(Section):
-    """Training-time augmentation; all off by default but the baseline's small time roll."""
-
-    time_roll_seconds: NonNegative = 0.1
-    """Circular shift by up to this much either way."""
-    window_shift_seconds: NonNegative = 0.0
-    """Of views: the window begins up to this much earlier or later in its recording, as far as training clips of it
-    reach."""
-    speed_factor: Annotated[float, Field(ge=1, le=2)] = 1.0
-    """Of views: the clip is played up to this much faster or slower, pitch and tempo together; 1 switches it off."""
-    frequency_mask_mels: Annotated[int, Field(ge=0)] = 0
-    time_mask_frames: Annotated[int, Field(ge=0)] = 0
-    mixstyle_p: Probability = 0.0
-    """Freq-MixStyle: chance that a batch has its per-frequency statistics mixed."""
-    mixstyle_alpha: PositiveFloat = 0.3
-    mixup_alpha: NonNegative = 0.0
-    """Beta(alpha, alpha) mixing of clips and their targets; 0 switches it off."""
-    device_response_p: Probability = 0.0
-    """Chance that a clip is played through a random impulse response of `device_response_folder`."""
-    device_response_folder: Path | None = None
-    device_response_exclude: tuple[str, ...] = ()
-    """Names of files of that folder that are left out: responses of devices that occur in the test part."""
-
-    @model_validator(mode="after")
-    def _responses_have_a_folder(self) -> "AugmentConfig":
-        if self.device_response_p and self.device_response_folder is None:
-            raise ValueError("device_response_p needs device_response_folder, a folder of impulse responses (wav)")
-        if self.device_response_exclude and not self.device_response_p:
-            raise ValueError("device_response_exclude has nothing to leave files out of: device_response_p is 0")
-        return self
-
-
-VIEWED = {"time_roll_seconds": 0, "window_shift_seconds": 0, "speed_factor": 1, "device_response_p": 0}
-"""Augmentation that makes views differ -> the value that switches it off."""
-
-
-class TrainConfig(Section):
-    """One training run: AdamW, linear warm-up, cosine down to zero."""
-
-    epochs: Positive
-    batch_size: Positive = 32
-    learning_rate: PositiveFloat = 1e-3
-    scan_learning_rate: PositiveFloat = 1.0
-    """Factor on `learning_rate` for what the scan alone has: decay rates A, skip D, biases of the step sizes."""
-    weight_decay: NonNegative = 0.05
-    warmup_epochs: NonNegative = 1.0
-    gradient_clip: PositiveFloat | None = 1.0
-    """Largest gradient norm."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    accumulate_batches: Positive = 1
-    """Batches summed into one optimiser step."""
-    weight_average: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of weights and batch statistics, such as 0.999. The average is what is
-    validated, kept and shipped."""
-    keep: Literal["best", "last"] = "best"
-    """Which epoch: the best by validation accuracy, or the last, which needs no validation clips."""
-    precision: Literal["32", "16-mixed", "bf16-mixed"] = "32"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: Positive | Literal["auto"] = 1
-    nodes: Positive = 1
-    strategy: str = "auto"
-    """Lightning's name: `auto`, `ddp`, `fsdp`, ..."""
-    activation_checkpointing: bool = False
-    """Keep only what enters each Mamba block and compute the rest again on the way back: less memory, more time."""
-    logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
-    views: Positive = 1
-    """How many renderings of every training clip are kept in the feature cache; the first is the clip itself. With more
-    than one, shift, speed, roll and impulse responses are drawn for these, each step takes one, and teachers hear the
-    very same."""
-    augment: AugmentConfig = AugmentConfig()
-
-    @model_validator(mode="after")
-    def _views_differ(self) -> "TrainConfig":
-        augment = self.augment
-        drawn = {key: getattr(augment, key) > idle for key, idle in VIEWED.items()}
-        if self.views > 1 and not any(drawn.values()):
-            wanted = ", ".join(f"augment.{key} above {idle}" for key, idle in VIEWED.items())
-            raise ValueError(f"views: {self.views} were wanted, and all would be the same: set one of {wanted}")
-        alone = [key for key in ("window_shift_seconds", "speed_factor") if drawn[key]]
-        if self.views == 1 and alone:
-            raise ValueError(f"augment.{alone[0]}: is drawn for views alone; set views above 1, such as 8")
-        return self
-
-    @model_validator(mode="after")
-    def _averages_whole_weights(self) -> "TrainConfig":
-        if self.weight_average and self.strategy.startswith(("fsdp", "deepspeed")):
-            raise ValueError(
-                f"weight_average: needs all weights in each process, and strategy {self.strategy} cuts them up; use ddp"
-            )
-        return self
 
 
 class ModelSection(Section):
@@ -298,17 +200,70 @@ class PruneSection(Section):
         return self
 
 
-class QuantizeSection(Section):
-    """int8 weights for each output channel, calibrated uint8 inputs; everything else is stored as float16."""
+class SearchConfig(Section):
+    """Of all mixtures of `candidates`, the fewest bytes for a stated loss of accuracy, or the least loss for stated
+    bytes. Judged on validation clips, or where there are none on training clips that calibrate nothing."""
 
+    max_drop: NonNegative | None = None
+    """Largest loss of macro accuracy against float32, in percentage points."""
+    max_param_bytes: Positive | None = None
+    """Of the whole model, scales and zero points included."""
+    candidates: Annotated[tuple[WeightStorage | Literal["fp16"], ...], Field(min_length=2)] = (
+        "fp16",
+        "int8",
+        "int4-weight",
+    )
+    """What a layer may be stored as; the search starts from the first."""
+    clips: Positive = 512
+    """To judge on."""
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> "SearchConfig":
+        if (self.max_drop is None) == (self.max_param_bytes is None):
+            raise ValueError("search: wanted one of max_drop and max_param_bytes; the other is what is searched for")
+        return self
+
+
+class QuantizeSection(Section):
+    """Which tensor is stored how, and what sets the ranges. What is no matrix and no convolution (A, D, biases, norms)
+    is stored as float16; the scan and its state run in float32. docs/quantisation.md says why."""
+
+    weights: WeightStorage = "int8"
+    """Of every matrix and convolution. `int8`: with uint8 inputs; `int8-weight`, `int4-weight`: float32 inputs."""
+    layers: dict[str, WeightStorage | Literal["fp16"]] = Field(default_factory=dict)
+    """Name of a layer, or the beginning of one -> its own storage; the longest that fits decides."""
+    keep_float: tuple[str, ...] = ()
+    """Names (or beginnings of names) of layers that stay float16."""
+    weight_bits: Literal[7, 8] = 7
+    """Of weights whose inputs are integers too. 7 keeps the products within 16 bits, where x86 CPUs without VNNI would
+    saturate silently."""
+    scan_inputs: tuple[Literal["u", "B", "C", "delta"], ...] = ("u", "B", "C")
+    """What is rounded to uint8 before it enters a Mamba-1 scan, each with a scale of its own; `delta` before softplus.
+    Only where the layer that makes it has integer inputs."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """How much of the spread of out_proj's input channels its weights take over (SmoothQuant's alpha); 0 is none."""
     calibration_clips: Positive = 256
     """Training clips that set the ranges of the layers' inputs."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """Of each layer's input values that the range has to cover, either way."""
-    weight_bits: Literal[7, 8] = 7
-    """7 keeps integer products within 16 bits, where x86 CPUs without VNNI would saturate silently."""
-    keep_float: tuple[str, ...] = ()
-    """Names (or beginnings of names) of layers that stay float16."""
+    scan_percentile: Annotated[float, Field(gt=50, le=100)] = 99.95
+    """The same for `u`, whose outliers the scan would otherwise pay for in steps."""
+
+    search: SearchConfig | None = None
+    """Chooses the storage of each layer that neither `layers` nor `keep_float` names."""
+    train: TrainConfig | None = None
+    """Quantisation-aware training, from the calibrated model on, with the loss of `distill` where the recipe has that
+    section. Batch normalisation is folded before it."""
+    frozen_epochs: Annotated[int, Field(ge=0)] = 4
+    """Epochs at the end of that training in which ranges stay as they are."""
+
+    @property
+    def precision(self) -> QuantisedPrecision:
+        """What the model that comes out is called: after its quantised weights, where they have one width."""
+        if self.search:
+            return "mixed"
+        bits = {WEIGHT_BITS[storage] for storage in (self.weights, *self.layers.values()) if storage != "fp16"}
+        return {(8,): "int8", (4,): "int4"}.get(tuple(bits), "mixed")
 
 
 class BudgetSection(Section):
@@ -322,8 +277,13 @@ class BudgetSection(Section):
 class ExportSection(Section):
     """ONNX files, to exports/<name>/."""
 
-    precisions: Annotated[tuple[Literal["fp32", "fp16", "int8"], ...], Field(min_length=1)] = ("fp32", "fp16", "int8")
-    """One file each; the smallest is the one that the budget is about."""
+    precisions: Annotated[tuple[Literal["fp32", "fp16", QuantisedPrecision], ...], Field(min_length=1)] = (
+        "fp32",
+        "fp16",
+        "int8",
+    )
+    """One file each; the smallest is the one that the budget is about. A quantised one is called after what `quantize`
+    makes: int8, int4 or mixed."""
     waveform: bool = True
     """Beside each file that reads features, one that reads samples and has the front-end inside."""
     input_rate_hz: Annotated[int, Field(gt=0)] | None = None
@@ -381,4 +341,6 @@ class Recipe(Section):
         """The recipe's training runs by their place, in the order of the stages."""
         models = {f"{name}.train": getattr(self, name) for name in ("reference", "teacher", "student", "distill")}
         found = {place: section.train for place, section in models.items() if section and section.train}
-        return found | ({"prune.finetune": self.prune.finetune} if self.prune else {})
+        if self.prune:
+            found["prune.finetune"] = self.prune.finetune
+        return found | ({"quantize.train": self.quantize.train} if self.quantize and self.quantize.train else {})

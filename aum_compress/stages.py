@@ -1,25 +1,28 @@
 """The stages that make models: reference, teacher, student, distill, quantize (`pruning` has its own)."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from aum_compress.bundle import Bundle, file_sha256
-from aum_compress.compress.quantize import quantize, signal_to_noise_db
+from aum_compress.compress.quantize import prepare, signal_to_noise_db, with_layers
+from aum_compress.compress.saturation import saturating_pairs
 from aum_compress.console import log, progress
 from aum_compress.models.checkpoints import load_published, read_published, state_for
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model
+from aum_compress.models.fake_quantized import converted
+from aum_compress.quantising import calibration, judging_clips, searched
 from aum_compress.recipe_schema import ModelSection, TrainConfig
 from aum_compress.teaching import Teacher, teacher_targets
+from aum_compress.train.distributed import ALONE
 from aum_compress.train.fit import FitResult, fit
-from aum_compress.train.predict import predict_logits
 from aum_compress.workspace import Made, Workspace
 
-BATCH = 32
+JUDGED_CLIPS = 512
+"""For the signal-to-noise ratio of a quantised model."""
 
 
 def train_on_labels(space: Workspace, name: str) -> Bundle:
@@ -67,29 +70,44 @@ def distill(space: Workspace, start: Bundle | None, teachers: list[Teacher]) -> 
     return space.stage("distill", start, reads, make, workers)
 
 
-def quantise(space: Workspace, parent: Bundle) -> Bundle:
-    """Stage `quantize`: int8 layers, calibrated on training clips alone."""
-    section = space.recipe.quantize
+def quantise(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
+    """Stage `quantize`: integer weights and ranges, calibrated on training clips alone and, where wanted, searched for
+    and trained, without the feature term."""
+    section, taught = space.recipe.quantize, space.recipe.distillation
+    workers = space.workers(section.train) if section.train else ALONE
 
     def make(work_dir: Path) -> Made:
         model = parent.load_model()
-        clips = torch.from_numpy(space.normalised("train", section.calibration_clips))
-        with progress("quantize: calibration") as reporter:
-            quantized = quantize(
-                model,
-                _batches(clips, reporter.advance),
-                percentile=section.percentile,
-                weight_bits=section.weight_bits,
-                keep_float=section.keep_float,
+        notes: dict[str, Any] = {}
+        chosen = section
+        if section.search:
+            notes["search"] = searched(space, model, section, work_dir, workers)
+            chosen = with_layers(section, notes["search"]["layers"])
+        clips = calibration(space, section)
+        with progress("quantize: calibration"):
+            fake = prepare(model, clips, chosen)
+        metrics = {}
+        if section.train:
+            logits = teacher_targets(space, teachers, section.train, workers)[0] if teachers else None
+            result = fit_stage(
+                space, fake, section.train, work_dir, "quantize", logits, frozen_epochs=section.frozen_epochs
             )
-        part = "validation" if len(space.parts.validation) else "train"
-        heard = getattr(space.parts, part)
-        sqnr = signal_to_noise_db(
-            predict_logits(model, heard, space.spec), predict_logits(quantized, heard, space.spec)
-        )
-        return Made(quantized, {f"{part}_sqnr_db": sqnr}, {"calibration_clips": len(clips)})
+            metrics["validation_accuracy"] = result.validation_accuracy
+            notes |= {"kept_epoch": result.kept_epoch, "history": result.history}
+        quantized = converted(fake)
+        judge = judging_clips(space, section, JUDGED_CLIPS)
+        metrics[f"{judge.part}_sqnr_db"] = signal_to_noise_db(judge.logits(model), judge.logits(quantized))
+        notes |= {"calibration_clips": sum(map(len, clips)), "saturating_pairs": saturating_pairs(quantized)}
+        return Made(quantized, metrics, notes, section.precision)
 
-    return space.stage("quantize", parent, {"section": section.model_dump(mode="json")}, make)
+    reads: dict[str, Any] = {"section": section.model_dump(mode="json")}
+    if section.train:
+        reads |= {
+            "distill": taught.model_dump(mode="json", exclude={"train"}) if taught else None,
+            "teachers": [t.sha256 for t in teachers],
+            "responses": space.responses_sha256(section.train),
+        }
+    return space.stage("quantize", parent, reads, make, workers)
 
 
 def resolve(space: Workspace, section: ModelSection) -> AudioMambaConfig | CPMobileConfig:
@@ -123,6 +141,7 @@ def fit_stage(
     title: str,
     logits: Tensor | None = None,
     embeddings: Tensor | None = None,
+    frozen_epochs: int | None = None,
 ) -> FitResult:
     """One training of a stage, on the recipe's data. Args: title: what it is, the stage's name before a colon."""
     return fit(
@@ -139,6 +158,7 @@ def fit_stage(
         teacher_embeddings=embeddings,
         distill=space.recipe.distillation,
         ranks=space.workers(config),
+        frozen_epochs=frozen_epochs,
     )
 
 
@@ -146,9 +166,3 @@ def made_by(model: Model, result: FitResult) -> Made:
     """What a training leaves, to be written."""
     metrics = {"validation_accuracy": result.validation_accuracy}
     return Made(model, metrics, {"kept_epoch": result.kept_epoch, "history": result.history})
-
-
-def _batches(clips: Tensor, advance) -> Iterator[Tensor]:
-    for start in range(0, len(clips), BATCH):
-        yield clips[start : start + BATCH]
-        advance(min(start + BATCH, len(clips)), len(clips))

@@ -11,14 +11,15 @@ from aum_compress.export.onnx_writer import fold_if_needed, round_to_half
 from aum_compress.export.runtime import clip_features, clip_input, open_session, read_metadata
 from aum_compress.export.verification import Verification
 from aum_compress.export.verify import Reference, verify_onnx
+from aum_compress.models.storage import QUANTISED
 
 
 def verify_target(target: Path, reference: Path | None, recordings: list[Path]) -> list[Verification]:
     """Verdicts on `target`: a .onnx file, or all files of an exported bundle.
 
     Args:
-        reference: a bundle of kind model whose numbers the files must hold: a quantised one for int8 files, one in
-            float32 for the others.
+        reference: a bundle of kind model whose numbers the files must hold: the quantised one for quantised files,
+            one in float32 for the others.
         recordings: audio whose windows are compared as well.
 
     Raises:
@@ -44,10 +45,11 @@ def _reference(bundle: Bundle | None, metadata: OnnxMetadata) -> Reference | Non
     if bundle is None:
         return None
     model = bundle.load_model()
-    if (bundle.card.precision == "int8") != (metadata.precision == "int8"):
+    quantised = {name if name in QUANTISED else "float" for name in (bundle.card.precision, metadata.precision)}
+    if len(quantised) > 1:
         raise BundleError(
-            f"{bundle.path}: holds {bundle.card.precision}: no reference for an {metadata.precision} file; "
-            "int8 files come from the quantize stage, the others from the stage before"
+            f"{bundle.path}: holds {bundle.card.precision}: no reference for a file of {metadata.precision}; "
+            "quantised files come from the quantize stage, the others from the stage before"
         )
     if metadata.precision == "fp16":
         model = round_to_half(model)

@@ -29,7 +29,6 @@ from aum_compress.bundle import (
     tool_versions,
     write_bundle,
 )
-from aum_compress.compress.quantize import quantized_layer_names
 from aum_compress.console import log, progress
 from aum_compress.data.cache import CachedClips, CachedParts, cache_index, feature_statistics
 from aum_compress.data.datamodule import ClipsDataModule
@@ -37,7 +36,7 @@ from aum_compress.data.index import load_index
 from aum_compress.data.views import Rendering, ViewedClips, render_views
 from aum_compress.errors import BundleError, DataError
 from aum_compress.models.factory import Model
-from aum_compress.models.quantized import stored_tensors
+from aum_compress.models.quantized import quantized_layers, stored_tensors
 from aum_compress.recipe import dump_recipe
 from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.train.distributed import ALONE, Ranks, is_shared
@@ -189,8 +188,13 @@ class Workspace:
     def normalised(self, part: str, count: int) -> np.ndarray:
         """(count,1,F,T) normalised features of clips evenly spread over a part (`train`, `validation`, `test`)."""
         cached = getattr(self.parts, part)
-        rows = np.unique(np.linspace(0, len(cached) - 1, min(count, len(cached))).astype(np.int64))
+        rows = self.spread(len(cached), count)
         return ((cached[rows] - self.spec.mean) / self.spec.std).astype(np.float32)[:, None]
+
+    @staticmethod
+    def spread(length: int, count: int) -> np.ndarray:
+        """`count` places among `length`, or all there are, evenly spread."""
+        return np.unique(np.linspace(0, length - 1, min(count, length)).astype(np.int64))
 
     def measure(self, logits: np.ndarray) -> dict[str, Any]:
         """Metrics of (n,C) logits of the test part, which has chosen nothing."""
@@ -263,9 +267,8 @@ class Workspace:
         self, name: str, path: Path, parent: Bundle | None, inputs_sha256: str, made: "Made", logits: np.ndarray
     ) -> Bundle:
         model = made.model
-        precision = "int8" if quantized_layer_names(model) else "fp32"
         metrics = {"test": self.measure(logits), **made.metrics}
-        files = model_files(model, golden_inputs(self.spec), half=precision == "int8")
+        files = model_files(model, golden_inputs(self.spec), half=made.precision != "fp32")
         card = BundleCard(
             kind="model",
             stage=name,
@@ -275,13 +278,13 @@ class Workspace:
             model=model.config,
             input=self.spec,
             labels=self.labels,
-            precision=precision,
-            quantized_layers=quantized_layer_names(model),
+            precision=made.precision,
+            quantized_layers=quantized_layers(model),
             seed=self.recipe.seed,
             versions=tool_versions(),
             created=now(),
             metrics=metrics,
-            budget=self.budget(model, half=precision == "int8").to_dict(),
+            budget=self.budget(model, half=made.precision != "fp32").to_dict(),
             notes=made.notes,
         )
         bundle = write_bundle(path, card, files | {RECIPE: dump_recipe(self.recipe).encode()})
@@ -300,3 +303,4 @@ class Made:
     model: Model
     metrics: dict[str, Any]
     notes: dict[str, Any]
+    precision: str = "fp32"

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from aum_compress.audio.config import InputSpec, LogMelConfig
+from aum_compress.compress.quantize import quantize
 from aum_compress.export.metadata import OnnxMetadata, Precision
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.verify import Reference
 from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.config import AudioMambaConfig, ConvStage, ConvStem, uniform_blocks
 from aum_compress.models.factory import Model, build_model
-from aum_compress.models.quantized import quantizable_layers, swap_in_quantized
+from aum_compress.recipe_schema import QuantizeSection
 
 LABELS = ("airport", "bus", "metro", "park")
 SPEC = InputSpec(
@@ -51,35 +52,10 @@ def model(precision: Precision) -> Model:
     if precision == "fp32":
         return trained
     rounded = round_to_half(trained)
-    return rounded if precision == "fp16" else quantized(rounded)
-
-
-def quantized(model: Model) -> Model:
-    """`model` in int8, changed in place: weights in 7 bits, inputs by the range that random features give."""
-    layers = quantizable_layers(model)
-    ranges = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: ranges.update({name: args[0].aminmax()}))
-        for name, layer in layers.items()
-    ]
-    with torch.no_grad():
-        model(
-            torch.randn(16, 1, model.config.n_mels, model.config.n_frames, generator=torch.Generator().manual_seed(1))
-        )
-    for hook in hooks:
-        hook.remove()
-    swap_in_quantized(model, layers)
-    for name, layer in layers.items():
-        low, high = (float(edge) for edge in ranges[name])
-        step = (max(high, 0.0) - min(low, 0.0)) / 255
-        rows = layer.weight.detach().flatten(1)
-        scale = rows.abs().amax(1).clamp_min(1e-8) / 63
-        swapped = model.get_submodule(name)
-        swapped.weight.copy_(torch.round(rows / scale[:, None]).view_as(layer.weight))
-        swapped.weight_scale.copy_(scale)
-        swapped.input_scale.fill_(step)
-        swapped.input_zero_point.fill_(round(-min(low, 0.0) / step))
-    return model.eval()
+    if precision == "fp16":
+        return rounded
+    heard = torch.randn(16, 1, CONFIG.n_mels, CONFIG.n_frames, generator=torch.Generator().manual_seed(1))
+    return quantize(rounded, [heard], QuantizeSection(weights="int4-weight" if precision == "int4" else "int8"))
 
 
 def metadata(precision: Precision, **changes) -> OnnxMetadata:

@@ -12,6 +12,7 @@ from aum_compress.budget.analytic_bytes import analytic_stored
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import Stored
 from aum_compress.budget.stored import stored_by_module
+from aum_compress.compress.quantize import layer_storages
 from aum_compress.models.config import (
     AudioMambaConfig,
     BlockConfig,
@@ -22,7 +23,8 @@ from aum_compress.models.config import (
     PatchStem,
 )
 from aum_compress.models.factory import build_model, fold_batch_norm
-from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
+from aum_compress.models.quantized import stored_tensors, swap_in_quantized
+from aum_compress.recipe_schema import QuantizeSection
 
 small = st.integers(1, 9)
 mamba = st.builds(
@@ -70,20 +72,21 @@ def configurations(draw) -> AudioMambaConfig:
 def counted(config: AudioMambaConfig, precision: str) -> dict[str, Stored]:
     """Of the model itself, as a bundle of this precision stores it."""
     model = fold_batch_norm(build_model(config))
-    if precision == "int8":
-        swap_in_quantized(model, list(quantizable_layers(model)))
+    if precision in ("int8", "int4"):
+        weights = "int8" if precision == "int8" else "int4-weight"
+        swap_in_quantized(model, layer_storages(model, QuantizeSection(weights=weights)))
     return stored_by_module(model, stored_tensors(model, half=precision != "fp32"))
 
 
 @settings(max_examples=60, deadline=None)
-@given(config=configurations(), precision=st.sampled_from(("fp32", "fp16", "int8")))
+@given(config=configurations(), precision=st.sampled_from(("fp32", "fp16", "int8", "int4")))
 def test_bytes_from_configuration_are_those_of_the_model_layer_by_layer(config, precision):
     with torch.random.fork_rng(devices=[]):
         assert analytic_stored(config, precision) == counted(config, precision)
 
 
 def test_an_exported_file_stores_as_many(tmp_path):
-    for precision in ("fp32", "fp16", "int8"):
+    for precision in ("fp32", "fp16", "int8", "int4"):
         report = check_onnx(written(tmp_path, precision))
         stored = analytic_stored(CONFIG, precision)
         assert report.param_bytes == sum(layer.param_bytes for layer in stored.values()), precision

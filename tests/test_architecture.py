@@ -20,21 +20,24 @@ ORDER: tuple[set[str], ...] = (
     {"audio", "kernels"},
     {"models"},
     {"data"},
-    {"recipe_checks"},
+    {"recipe_checks", "recipe_train"},
     {"bundle", "recipe_schema", "console"},  # top-level files that what follows builds on
     {"budget"},
     {"train", "compress", "export"},
     {"report"},
     {"recipe"},
     {"workspace"},
-    {"teaching"},
+    {"teaching", "quantising"},
     {"stages", "publish", "evaluate", "verifying", "benching"},
     {"pruning"},
     {"prune_sensitivity"},
     {"pipeline"},
     {"sweep", "doctor"},
     {"cli_options"},
-    {"cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_prune", "cli_sweep"},
+    {
+        *("cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_prune"),
+        *("cli_quantize", "cli_sweep"),
+    },
     {"cli"},
 )
 """Packages and top-level modules: each imports only from sets that stand before its own, so there is no cycle."""

@@ -1,6 +1,7 @@
 """Three witnesses for MACs and three for bytes agree layer by layer: configuration, torch, the exported ONNX file."""
 
 import tempfile
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -17,36 +18,58 @@ from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import BudgetReport, agree
 from aum_compress.budget.traced import traced_operations
 from aum_compress.bundle import BundleCard, model_files, write_bundle
+from aum_compress.compress.quantize import layer_storages
 from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_writer import export_onnx, round_to_half
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig, uniform_blocks
 from aum_compress.models.factory import Model, build_model, fold_batch_norm, folded_config
 from aum_compress.models.presets import LANES, PRESET_FRAMES, PRESET_MELS, PRESETS, aum
-from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
+from aum_compress.models.quantized import QuantizedLayer, quantizable_layers, stored_tensors, swap_in_quantized
+from aum_compress.models.storage import Storage
 from aum_compress.publish import export_bundle
+from aum_compress.recipe_schema import QuantizeSection
 
-PRECISIONS = ("fp32", "fp16", "int8")
+SECTIONS = st.one_of(
+    st.builds(
+        QuantizeSection,
+        weights=st.sampled_from(("int8", "int8-weight", "int4-weight")),
+        smoothing=st.sampled_from((0.0, 0.5)),
+        scan_inputs=st.sampled_from(((), ("u", "B", "C"), ("u", "delta"))),
+    ),
+    st.just(QuantizeSection()),
+)
+"""How a model is quantised where its precision says that it is."""
+PRECISIONS = st.one_of(st.sampled_from(("fp32", "fp16")), SECTIONS, SECTIONS)
 # an export takes seconds, so a failure is shown as found, not made smaller
 FEW = settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
 @settings(max_examples=40, deadline=None)
-@given(config=audio_mambas() | CP_MOBILES, int8=st.booleans())
-def test_configuration_and_traced_graph_agree_in_every_layer(config, int8):
-    model = deployed(config, "int8") if int8 else build_model(config)
+@given(config=audio_mambas() | CP_MOBILES, section=st.none() | SECTIONS)
+def test_configuration_and_traced_graph_agree_in_every_layer(config, section):
+    model = build_model(config) if section is None else deployed(config, "int8", section)[0]
     traced = traced_operations(model, torch.zeros(1, 1, config.n_mels, config.n_frames))
     agree({"configuration": analytic_macs(config), "traced graph": {n: own.macs for n, own in traced.items()}})
 
 
-def deployed(config: AudioMambaConfig | CPMobileConfig, precision: str) -> Model:
-    """A random model as a file of this precision holds it."""
+def deployed(
+    config: AudioMambaConfig | CPMobileConfig, precision: str, section: QuantizeSection | None
+) -> tuple[Model, dict[str, Storage]]:
+    """A random model as a file of this precision holds it, and what of it is quantised: every fourth layer of another
+    storage than the section's, or of none."""
     with torch.random.fork_rng(devices=[]):
         model = fold_batch_norm(build_model(config))
     if precision != "fp32":
         model = round_to_half(model)
-    if precision == "int8":
-        swap_in_quantized(model, list(quantizable_layers(model)))
-    return model.eval()
+    storages: dict[str, Storage] = {}
+    if section is not None:
+        others = dict(zip(list(quantizable_layers(model))[::4], cycle(("fp16", "int4-weight", "int8"))))
+        storages = layer_storages(model, section.model_copy(update={"layers": others}))
+        swap_in_quantized(model, storages)
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLayer):
+                layer.weight.random_(-7, 8)
+    return model.eval(), storages
 
 
 def input_spec(n_mels: int, n_frames: int) -> InputSpec:
@@ -68,8 +91,10 @@ def layer_bytes(report: BudgetReport) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def hold_all_against_each_other(config: AudioMambaConfig | CPMobileConfig, precision: str) -> None:
-    model = deployed(config, precision)
+def hold_all_against_each_other(config: AudioMambaConfig | CPMobileConfig, stored_as: str | QuantizeSection) -> None:
+    section = None if isinstance(stored_as, str) else stored_as
+    precision = stored_as if section is None else section.precision
+    model, storages = deployed(config, precision, section)
     features = torch.zeros(1, 1, config.n_mels, config.n_frames)
     by_torch = check_module(model, features, stored=stored_tensors(model, half=precision != "fp32"))
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +112,7 @@ def hold_all_against_each_other(config: AudioMambaConfig | CPMobileConfig, preci
     )
     assert layer_bytes(by_torch) == layer_bytes(by_onnx)
     if isinstance(config, AudioMambaConfig):
-        by_configuration = analytic_stored(model.config, precision)
+        by_configuration = analytic_stored(model.config, precision, storages)
         assert layer_bytes(by_torch) == {
             name: (own.param_bytes, own.params, own.wide_params) for name, own in by_configuration.items()
         }
@@ -96,17 +121,17 @@ def hold_all_against_each_other(config: AudioMambaConfig | CPMobileConfig, preci
 @pytest.mark.parametrize("mixer", list(MIXERS))
 def test_all_three_agree_on_macs_and_bytes_of_each_mixer(mixer):
     @FEW
-    @given(config=audio_mambas(MIXERS[mixer]), precision=st.sampled_from(PRECISIONS))
-    def check(config: AudioMambaConfig, precision: str) -> None:
-        hold_all_against_each_other(config, precision)
+    @given(config=audio_mambas(MIXERS[mixer]), stored_as=PRECISIONS)
+    def check(config: AudioMambaConfig, stored_as: str | QuantizeSection) -> None:
+        hold_all_against_each_other(config, stored_as)
 
     check()
 
 
 @FEW
-@given(config=audio_mambas() | CP_MOBILES, precision=st.sampled_from(PRECISIONS))
-def test_all_three_agree_on_macs_and_bytes_of_mixed_models(config, precision):
-    hold_all_against_each_other(config, precision)
+@given(config=audio_mambas() | CP_MOBILES, stored_as=PRECISIONS)
+def test_all_three_agree_on_macs_and_bytes_of_mixed_models(config, stored_as):
+    hold_all_against_each_other(config, stored_as)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

@@ -13,8 +13,9 @@ from aum_compress.bundle import (
     tool_versions,
     write_bundle,
 )
-from aum_compress.compress.quantize import quantize, quantized_layer_names
+from aum_compress.compress.quantize import quantize
 from aum_compress.errors import BundleError
+from aum_compress.models.quantized import quantized_layers
 
 
 def card(model, **changes):
@@ -26,8 +27,8 @@ def card(model, **changes):
         "model": model.config,
         "input": SPEC,
         "labels": LABELS,
-        "precision": "int8" if quantized_layer_names(model) else "fp32",
-        "quantized_layers": quantized_layer_names(model),
+        "precision": "int8" if quantized_layers(model) else "fp32",
+        "quantized_layers": quantized_layers(model),
         "seed": 0,
         "versions": tool_versions(),
         "created": now(),

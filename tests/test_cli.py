@@ -170,7 +170,7 @@ def test_flipped_weight_is_found_by_golden_logits_alone(exports, tmp_path):
 def test_verify_says_what_it_cannot_judge(runs, exports):
     assert "holds no ONNX file; aum-compress export" in message("verify", runs / "05-prune")
     wrong = message("verify", exports / "model-int8.onnx", "--reference", runs / "05-prune")
-    assert "holds fp32: no reference for an int8 file" in wrong
+    assert "holds fp32: no reference for a file of int8" in wrong
     assert "none.wav" in message("verify", exports / "model-int8.onnx", "--wav", "none.wav")
 
 

@@ -19,6 +19,7 @@ from aum_compress.report.recipe_keys import key_tables, keys_markdown
 from aum_compress.sweep.trial import Result
 
 DOCS = Path(__file__).parent.parent / "docs"
+FOLLOWED = ("sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation")
 KEYS_OF = re.compile(r"<!-- keys -->\n\n(.*)", flags=re.DOTALL)
 
 
@@ -50,7 +51,9 @@ def place(finished, tmp_path, monkeypatch, cache_of_finished) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer"])
+@pytest.mark.parametrize(
+    "page", ["sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation"]
+)
 def test_a_page_can_be_followed_from_top_to_bottom(page, place, monkeypatch, capsys):
     """Files are written, code is executed and commands are run as they stand there, one behind the other."""
     # trials of sweeps train for minutes; that they do is shown in test_sweep.py

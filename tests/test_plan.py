@@ -21,7 +21,8 @@ from aum_compress.budget.records import Limits
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.config import AudioMambaConfig
 from aum_compress.models.factory import build_model, fold_batch_norm
-from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
+from aum_compress.models.integer_inputs import default_storages
+from aum_compress.models.quantized import stored_tensors, swap_in_quantized
 from aum_compress.recipe_schema import StudentSection
 
 
@@ -66,7 +67,7 @@ def test_figures_are_those_of_the_quantised_model(mixer):
     found = make_plan(Wanted(fewest_tokens=64, most_tokens=80, mixers=(mixer,)))
     student = found.best_by_tokens()[-1]
     model = fold_batch_norm(build_model(AudioMambaConfig.model_validate(student.config.model_dump())))
-    swap_in_quantized(model, list(quantizable_layers(model)))
+    swap_in_quantized(model, default_storages(model))
     spec = InputSpec(front_end=LogMelConfig(), clip_seconds=1.0)
     report = check_model(model, spec, stored_tensors(model, half=True))
     assert (report.param_bytes, report.params, report.macs) == (

@@ -23,6 +23,7 @@ from aum_compress.report import tables
 from aum_compress.report.charts import Series, _ticks, dot_chart, line_chart
 from aum_compress.report.html import render_html
 from aum_compress.report.markdown import render_markdown
+from aum_compress.report.quantisation import quantisation_section
 from aum_compress.report.sections import MOST_LAYERS, sections
 from aum_compress.report.tables import plain_lines, print_report, road_table
 from aum_compress.report.verdict import verdict
@@ -146,6 +147,23 @@ def report() -> dict:
         },
         "training": {"teacher": epochs, "distill": epochs[:20]},
         "pruning": [{"before": [128, 128], "after": [96, 96]}],
+        "quantisation": {
+            "layers": {
+                "head": "int8",
+                "layers.0.mixer.out_proj": "int8-smooth",
+                "layers.0.mixer.in_proj": "int4-weight",
+            },
+            "weight_bits": 7,
+            "saturating_pairs": 0,
+            "sqnr_db": 31.25,
+            "search": {
+                "param_bytes": 76_543,
+                "accuracy_drop": 0.4,
+                "rolled_back": ["patch_embed.stages.0.0"],
+                "part": "validation",
+                "clips": 512,
+            },
+        },
         "next": "aum-compress predict exports/quickstart/model-int8.onnx YOUR.wav",
     }
 
@@ -154,7 +172,8 @@ def report() -> dict:
 def early(report: dict) -> dict:
     """As after `run --until data`."""
     return report | {
-        "road": [], "budget": None, "gated": None, "verification": {}, "training": {}, "pruning": None, "next": ""
+        "road": [], "budget": None, "gated": None, "verification": {}, "training": {}, "pruning": None,
+        "quantisation": None, "next": "",
     }  # fmt: skip
 
 
@@ -311,6 +330,17 @@ def test_values_that_are_not_finite_become_null_and_a_dash(report):
     assert files["report.html"].decode().count("<polyline") > 4  # the curve is broken at the gap, and goes on
 
 
+def test_the_report_says_where_a_cpu_without_vnni_would_saturate(report):
+    def text(**changes):
+        found = quantisation_section(report | {"quantisation": report["quantisation"] | changes})
+        return " ".join(found.paragraphs)
+
+    assert "Weights of 7 bits: no sum of two products leaves 16 bits" in text()
+    assert "1,234 pairs of weights can leave 16 bits" in text(weight_bits=8, saturating_pairs=1234)
+    assert "nothing can saturate" in text(layers={"head": "int4-weight"})
+    assert "76,543 bytes, +0.40 points lost on 512 validation clips; rolled back: patch_embed.stages.0.0." in text()
+
+
 @pytest.mark.parametrize(
     ("changes", "absent"),
     [
@@ -318,6 +348,7 @@ def test_values_that_are_not_finite_become_null_and_a_dash(report):
         ({"training": {}}, "training"),
         ({"training": {"teacher": []}}, "training"),
         ({"pruning": None}, "pruning"),
+        ({"quantisation": None}, "quantisation"),
         ({"road": []}, "road"),
         ({"budget": None}, "layers"),
     ],

@@ -18,7 +18,8 @@ from aum_compress.data.views import Rendering, render_views
 from aum_compress.errors import AumError, DataError
 from aum_compress.models.config import AudioMambaConfig, BlockConfig, ConvStage, ConvStem, Mamba2BlockConfig
 from aum_compress.models.factory import build_model
-from aum_compress.recipe_schema import AugmentConfig, DistillSection, TrainConfig
+from aum_compress.recipe_schema import DistillSection, TrainConfig
+from aum_compress.recipe_train import AugmentConfig
 from aum_compress.train import fit as fit_module
 from aum_compress.train.embedding import embedding_width
 from aum_compress.train.fit import fit

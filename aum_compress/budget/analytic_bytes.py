@@ -1,8 +1,9 @@
 """Bytes from configuration alone, by layer: what a file of ours stores of a model. Torch-free.
 
-The counterpart of `analytic.py`. Batch normalisation is folded, as in every exported file. At int8, matrices and
-kernels take one byte a value, with a float32 scale for each output, and for their input one float32 scale and one
-uint8 zero point; all else is float16 (`models.quantized`). Letters as in `analytic.py`.
+The counterpart of `analytic.py`. Batch normalisation is folded, as in every exported file. Quantised matrices and
+kernels take one byte a value, or half a byte, with a float32 scale for each output; where inputs are quantised too, one
+float32 scale and one uint8 zero point for them, and where they are smoothed a float16 factor a channel; all else is
+float16 (`models.quantized`). Letters as in `analytic.py`.
 """
 
 import math
@@ -20,11 +21,14 @@ from aum_compress.models.config import (
     Mamba2BlockConfig,
     stem_grid,
 )
+from aum_compress.models.storage import NamedStorages, Storage, as_storages
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 Shape = tuple[int, ...]
-FLOAT_BYTES = {"fp32": 4, "fp16": 2, "int8": 2}
-SCALE_BYTES, ZERO_POINT_BYTES = 4, 1
+FLOAT_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int4": 2, "mixed": 2}
+SCALE_BYTES, ZERO_POINT_BYTES, FACTOR_BYTES = 4, 1, 2
+SCAN_SLOTS, SCAN_INPUTS = ("u", "B", "C", "delta"), ("u", "B", "C")
+"""What may be quantised on its way into a scan, and what is by default."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +39,50 @@ class _Layer:
     """The matrix or kernel (outputs, ...), int8 where that is asked for."""
     others: tuple[Shape, ...] = ()
     """Bias, norm, state matrix, positions: float at every precision."""
+    at_int8: Storage | None = None
+    """How an int8 file stores it by default, where that is not plain `int8` for a weight and float for the rest."""
 
-    def stored(self, precision: Precision) -> Stored:
+    def by_default(self, precision: str) -> Storage | None:
+        if precision == "int8":
+            return self.at_int8 or ("int8" if self.weight is not None else None)
+        return "int4-weight" if precision == "int4" and self.weight is not None else None
+
+    def stored(self, precision: str, storage: Storage | None) -> Stored:
+        """Args: storage: of the weight; None for a float one."""
         found = Stored()
         for shape in self.others:
             found += _floats(shape, precision)
+        if storage in ("int8", "int8-smooth", "uint8"):
+            found += Stored(SCALE_BYTES + ZERO_POINT_BYTES)
         if self.weight is None:
             return found
-        if precision != "int8":
+        if storage is None:
             return found + _floats(self.weight, precision)
         values, outputs = math.prod(self.weight), self.weight[0]
-        return found + Stored(values + SCALE_BYTES * (outputs + 1) + ZERO_POINT_BYTES, values)
+        if storage == "int8-smooth":
+            found += Stored(FACTOR_BYTES * self.weight[1], self.weight[1])
+        weight_bytes = math.ceil(values / 2) if storage == "int4-weight" else values
+        return found + Stored(weight_bytes + SCALE_BYTES * outputs, values)
 
 
-def analytic_stored(config: AudioMambaConfig, precision: Precision) -> dict[str, Stored]:
-    """Layer -> what a file of this precision stores of it, every matrix and kernel quantised where it is int8."""
-    return {name: layer.stored(precision) for name, layer in _layers(config).items()}
+def analytic_stored(
+    config: AudioMambaConfig, precision: Precision | Literal["mixed"], layers: NamedStorages | None = None
+) -> dict[str, Stored]:
+    """Layer -> what a file of this precision stores of it.
+
+    Args:
+        layers: those that are quantised, and how, which `mixed` needs; by default all matrices and kernels of an int8
+            or int4 file, as the defaults of a recipe's `quantize` section store them.
+    """
+    named = None if layers is None else as_storages(layers)
+    found = {
+        name: layer.stored(precision, layer.by_default(precision) if named is None else named.get(name))
+        for name, layer in _layers(config).items()
+    }
+    return {name: own for name, own in found.items() if own.param_bytes}
 
 
-def _floats(shape: Shape, precision: Precision) -> Stored:
+def _floats(shape: Shape, precision: str) -> Stored:
     values, width = math.prod(shape), FLOAT_BYTES[precision]
     return Stored(width * values, values, wide_values(shape, 8 * width))
 
@@ -94,7 +123,7 @@ def _mixer(name: str, block: Block, d_model: int) -> dict[str, _Layer]:
     return {
         f"{name}.in_proj": _Layer((2 * d_inner, d_model)),
         f"{name}.conv1d": _with_bias(d_inner, 1, block.d_conv),
-        f"{name}.out_proj": _Layer((d_model, d_inner)),
+        f"{name}.out_proj": _Layer((d_model, d_inner), at_int8="int8-smooth"),
     }
 
 
@@ -104,9 +133,11 @@ def _mamba(name: str, block: BlockConfig, d_model: int) -> dict[str, _Layer]:
     found = {
         name: _Layer(others=(*rates, *((d_inner,),) * len(block.projections))),
         f"{name}.in_proj": _Layer((2 * d_inner, d_model)),
-        f"{name}.out_proj": _Layer((d_model, d_inner)),
+        f"{name}.out_proj": _Layer((d_model, d_inner), at_int8="int8-smooth"),
     }
     for suffix in block.projections:
+        for slot in SCAN_SLOTS:
+            found[f"{name}.scan_{slot}{suffix}"] = _Layer(at_int8="uint8" if slot in SCAN_INPUTS else None)
         found[f"{name}.conv1d{suffix}"] = _with_bias(d_inner, 1, block.d_conv)
         found[f"{name}.x_proj{suffix}"] = _Layer((dt_rank + 2 * d_state, d_inner))
         found[f"{name}.dt_proj{suffix}"] = _with_bias(d_inner, dt_rank)

@@ -20,10 +20,12 @@ from aum_compress.budget.traced import traced_costs
 from aum_compress.bundle import CARD, TENSORS, Bundle, file_sha256
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, build_model, folded_config
+from aum_compress.models.integer_inputs import default_storages
 from aum_compress.models.mamba import MambaMixer
 from aum_compress.models.mamba2 import Mamba2Mixer
 from aum_compress.models.presets import LANES, PRESETS
-from aum_compress.models.quantized import QuantizedLayer, quantizable_layers, stored_tensors, swap_in_quantized
+from aum_compress.models.quantized import QuantizedLayer, stored_tensors, swap_in_quantized
+from aum_compress.models.storage import WEIGHT_BITS
 
 
 def check_module(
@@ -174,7 +176,7 @@ def check_preset(
     if name in LANES:
         model = build_model(folded_config(config))
         if LANES[name] == "int8":
-            swap_in_quantized(model, list(quantizable_layers(model)))
+            swap_in_quantized(model, default_storages(model))
         return check_model(model, spec, stored_tensors(model, half=True), limits)
     with torch.device("meta"):  # neither drawn nor, for the large ones, computed with
         model = build_model(config)
@@ -184,7 +186,7 @@ def check_preset(
 def _kind(module: nn.Module) -> str:
     """How a layer is called in tables."""
     if isinstance(module, QuantizedLayer):
-        return "int8 linear" if module.convolution is None else "int8 conv"
+        return f"int{WEIGHT_BITS[module.storage]} {'linear' if module.convolution is None else 'conv'}"
     if isinstance(module, MambaMixer | Mamba2Mixer):
         return "scan"
     if isinstance(module, nn.Conv1d | nn.Conv2d):

@@ -29,13 +29,15 @@ SAFETENSORS_TYPES = {
 }
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 QUANTISATION = ("weight_scale", "input_scale", "input_zero_point")
+INTEGERS = ("int8", "int4")
 
 SAME = "the same"
 STRUCTURE = "structure of the graph, outside the budget: shapes, axes, single constants"
 NEVER_READ = "count of training batches, which inference never reads"
 FOLDED = "batch normalisation folded into the convolution before it"
 FOLDED_BIAS = "bias that a folded batch normalisation gives its convolution"
-QUANTISED = "quantised to int8"
+QUANTISED = "quantised to int8 or int4"
+SMOOTHED = "factors that smooth the inputs of a layer"
 SCALES = "scale or zero point of quantisation"
 NARROWED = "float32 in the bundle, stored as float16"
 FRONT_END_TENSOR = "of the front-end inside the file, outside the budget"
@@ -168,10 +170,13 @@ def _only_in_file(
 ) -> str:
     module, _, own = name.rpartition(".")
     weight = f"{module}.weight"
-    if own in QUANTISATION and name in scales and weight in stored and _type(in_file[weight]) == "int8":
+    quantised = _type(in_file[weight]) in INTEGERS if weight in in_file else True  # scan inputs have no weight
+    if own in QUANTISATION and name in scales and quantised:
         return SCALES
     if module == FRONT_END:
         return FRONT_END_TENSOR
+    if own == "input_factor" and f"{module}.input_scale" in in_file:
+        return SMOOTHED
     if own == "bias" and some_folded and weight in stored and weight in in_file:
         return FOLDED_BIAS
     return STRUCTURE if is_structure(name, tensor, scales) else ""
@@ -180,6 +185,8 @@ def _only_in_file(
 def _in_both(tensor: onnx.TensorProto, bundle_bytes: int, bundle_type: str) -> str:
     file_type = _type(tensor)
     values = math.prod(tensor.dims)
+    if file_type == "int4" and bundle_type == "uint8" and bundle_bytes == stored_bytes(tensor):
+        return SAME  # two a byte in both
     if bundle_type not in WIDTHS or values * WIDTHS[bundle_type] != bundle_bytes:
         return ""
     if file_type == bundle_type:
@@ -187,8 +194,7 @@ def _in_both(tensor: onnx.TensorProto, bundle_bytes: int, bundle_type: str) -> s
     changes = {
         ("float32", "float16"): NARROWED,
         ("float16", "float32"): KEPT_WIDE,
-        ("float32", "int8"): QUANTISED,
-        ("float16", "int8"): QUANTISED,
+        **{(wide, integer): QUANTISED for wide in ("float32", "float16") for integer in INTEGERS},
     }
     return changes.get((bundle_type, file_type), "")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.analytic_bytes import Precision, analytic_stored
-from aum_compress.budget.records import Limits, per_second
+from aum_compress.budget.records import Limits, Stored, per_second
 from aum_compress.compress.prune_dimensions import Dimension, dimensions, resized
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.config import AudioMambaConfig
@@ -59,7 +59,9 @@ class Costing:
         stored = analytic_stored(config, self.precision)
         if self.precision == "int8" and self.keep_float:
             wide = analytic_stored(config, "fp16")
-            stored = {n: wide[n] if n.startswith(self.keep_float) else layer for n, layer in stored.items()}
+            stored = {
+                n: wide.get(n, Stored()) if n.startswith(self.keep_float) else layer for n, layer in stored.items()
+            }
         macs = per_second(sum(analytic_macs(config).values()), self.clip_seconds)
         return Cost(sum(layer.param_bytes for layer in stored.values()), macs)
 

@@ -1,67 +1,98 @@
-"""Post-training quantisation: int8 weights an output channel, uint8 inputs with ranges calibrated on training clips.
+"""Post-training quantisation: which tensor is stored how, and ranges calibrated on training clips.
 
 What is not a matrix or a convolution (A, D, biases, norms: 3 % of a large Mamba but over 10 % of a tiny one) is rounded
 to float16; step sizes, the scan and its state stay in float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aum_compress.compress.smoothing import smooth
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, fold_batch_norm
-from aum_compress.models.quantized import (
-    ZERO_POINT_MAX,
-    QuantizedLayer,
-    quantizable_layers,
-    round_to_half_,
-    swap_in_quantized,
-)
-
-SAMPLES_A_BATCH = 50_000
-"""Values of a layer's input that one batch adds to the estimate of its range."""
+from aum_compress.models.fake_quantized import FakeQuantize, FakeQuantizedLayer, converted, value_range
+from aum_compress.models.integer_inputs import with_inputs
+from aum_compress.models.quantized import quantizable_layers, replace_module
+from aum_compress.models.storage import Storage, WeightStorage
+from aum_compress.recipe_schema import QuantizeSection
 
 
-def quantize(
-    model: Model,
-    calibration: Iterable[Tensor],
-    *,
-    percentile: float = 99.99,
-    weight_bits: int = 7,
-    keep_float: tuple[str, ...] = (),
-) -> Model:
-    """A copy with batch normalisation folded, int8 layers in place of matrices and convolutions, the rest in float16.
+def quantize(model: Model, calibration: Iterable[Tensor], section: QuantizeSection | None = None) -> Model:
+    """A copy with batch normalisation folded and integer layers as `section` says, the rest in float16.
 
     Args:
         calibration: batches (B,1,F,T) of normalised features of *training* clips.
-        percentile: of each layer's input values that its range covers, either way.
-        weight_bits: 7 keeps products within 16 bits on x86 CPUs without VNNI; 8 uses the full range.
-        keep_float: names or beginnings of names of layers that stay float16.
+        section: the recipe's; its defaults when left out.
 
     Raises:
-        AumError: a name in `keep_float` fits no layer; no calibration batch; a layer whose input was not finite.
+        AumError: as `prepare`.
+        ModelFileError: a value that float16 cannot hold.
     """
+    return converted(prepare(model, calibration, section))
+
+
+def prepare(model: Model, calibration: Iterable[Tensor], section: QuantizeSection | None = None) -> Model:
+    """A copy with batch normalisation folded and fake-quantised layers, its ranges calibrated, in evaluation mode.
+
+    Args:
+        calibration, section: as `quantize`.
+
+    Raises:
+        AumError: a name in `keep_float` or `layers` fits no layer; weights that are not finite; no calibration clip,
+            only silent ones, or one that makes some layer's input infinite or NaN.
+    """
+    section = section or QuantizeSection()
+    _require_finite(model)
+    batches = list(calibration)
+    _require_sound(batches)
     folded = fold_batch_norm(model)
-    layers = quantizable_layers(folded)
-    if unknown := [name for name in keep_float if not any(layer.startswith(name) for layer in layers)]:
-        raise AumError(f"quantize.keep_float: {', '.join(unknown)}: no such layer; the model has {', '.join(layers)}")
-    names = [name for name in layers if not name.startswith(tuple(keep_float))] if keep_float else list(layers)
-    ranges = _input_ranges(folded, {name: layers[name] for name in names}, calibration, percentile)
-    swap_in_quantized(folded, names)
-    top = 2 ** (weight_bits - 1) - 1
-    for name in names:
-        quantized = folded.get_submodule(name)
-        _set_weight(quantized, layers[name].weight.detach(), top)
-        _set_input_range(quantized, *ranges[name])
-    round_to_half_(folded)
+    storages = layer_storages(folded, section)
+    factors = smooth(folded, batches, storages, section.smoothing)
+    for name, storage in storages.items():
+        if storage == "uint8":
+            percentile = section.scan_percentile if "scan_u" in name else section.percentile
+            replace_module(folded, name, FakeQuantize(percentile))
+            continue
+        layer = folded.get_submodule(name)
+        fake = FakeQuantizedLayer(layer, storage, section.weight_bits, section.percentile)
+        if storage == "int8-smooth":
+            fake.input_factor = nn.Parameter(factors[name], requires_grad=False)
+        slot = name.replace(".x_proj", ".scan_u")
+        if slot != name and storages.get(slot) == "uint8":  # rounded once for both that read it
+            fake.input, fake.input_slot = None, slot
+        replace_module(folded, name, fake)
+    _calibrate(folded, batches)
     return folded.eval()
 
 
-def quantized_layer_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the int8 layers, as the bundle's card records them."""
-    return tuple(name for name, module in model.named_modules() if isinstance(module, QuantizedLayer))
+def layer_storages(model: Model, section: QuantizeSection) -> dict[str, Storage]:
+    """Name -> storage of each layer and each input of a scan that `section` quantises.
+
+    Raises:
+        AumError: a name in `keep_float` or `layers` fits no layer.
+    """
+    names = list(quantizable_layers(model))
+    own = section.layers | dict.fromkeys(section.keep_float, "fp16")
+    for key, given in (("keep_float", section.keep_float), ("layers", section.layers)):
+        if unknown := [beginning for beginning in given if not any(name.startswith(beginning) for name in names)]:
+            raise AumError(f"quantize.{key}: {', '.join(unknown)}: no such layer; the model has {', '.join(names)}")
+    found: dict[str, WeightStorage] = {}
+    for name in names:
+        fitting = max((beginning for beginning in own if name.startswith(beginning)), key=len, default=None)
+        storage = section.weights if fitting is None else own[fitting]
+        if storage != "fp16":
+            found[name] = storage
+    return with_inputs(model, found, smoothing=section.smoothing > 0, scan_inputs=section.scan_inputs)
+
+
+def with_layers(section: QuantizeSection, chosen: Mapping[str, WeightStorage | Literal["fp16"]]) -> QuantizeSection:
+    """`section` for which each layer, by its full name, is stored as `chosen` says."""
+    return section.model_copy(update={"layers": dict(chosen), "keep_float": (), "search": None})
 
 
 def signal_to_noise_db(reference: np.ndarray, approximation: np.ndarray) -> float:
@@ -70,48 +101,73 @@ def signal_to_noise_db(reference: np.ndarray, approximation: np.ndarray) -> floa
     return float("inf") if noise == 0 else 20 * float(np.log10(np.linalg.norm(reference) / noise))
 
 
-def _input_ranges(
-    model: Model, layers: dict[str, nn.Module], calibration: Iterable[Tensor], percentile: float
-) -> dict[str, tuple[float, float]]:
-    """Lowest and highest value of each layer's input, `percentile` wide either way: extremes over batches of each
-    batch's percentiles, on an even sample of its values."""
-    ranges: dict[str, tuple[float, float]] = {}
+def _require_finite(model: Model) -> None:
+    bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AumError(
+            f"quantize: values that are not finite in {', '.join(bad[:3])}{', ...' if bad[3:] else ''}; wanted the "
+            "weights of a training that did not diverge. Train with a lower learning_rate"
+        )
+
+
+def _require_sound(batches: list[Tensor]) -> None:
+    """Clips that hold sound: features of digital silence are one value throughout."""
+    clips = sum(len(batch) for batch in batches)
+    if not clips:
+        raise AumError(
+            "quantize: no calibration clip: ranges would be made up. Are there training clips? Raise calibration_clips"
+        )
+    if all(torch.equal(batch.amin((1, 2, 3)), batch.amax((1, 2, 3))) for batch in batches):
+        raise AumError(
+            f"quantize: all {clips} calibration clips are silent, and ranges of silence fit no other sound; wanted "
+            "training clips with sound in them. aum-compress data check names silent files"
+        )
+
+
+def _calibrate(model: Model, batches: list[Tensor]) -> None:
+    """Sets each range to what the float model reads there: the extremes over batches of each batch's percentiles."""
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantize)}
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0].detach().flatten()
-            values = values[:: max(1, len(values) // SAMPLES_A_BATCH)].numpy()
-            low, high = np.percentile(values, [100 - percentile, percentile])
-            seen = ranges.get(name, (0.0, 0.0))  # zero stays representable: padding must be exact
-            ranges[name] = (float(np.minimum(seen[0], low)), float(np.maximum(seen[1], high)))  # NaN stays NaN
+        def hook(module: FakeQuantize, inputs: tuple[Tensor, ...]) -> None:
+            found = value_range(inputs[0], module.percentile)
+            low, high = ranges.get(name, found)
+            ranges[name] = (torch.minimum(low, found[0]), torch.maximum(high, found[1]))  # NaN stays NaN
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
+    handles = [module.register_forward_pre_hook(observe(name)) for name, module in quantizers.items()]
     try:
-        with torch.inference_mode():
-            for batch in calibration:
+        with in_float(model), torch.inference_mode():
+            for batch in batches:
                 model(batch)
     finally:
         for handle in handles:
             handle.remove()
-    if missing := layers.keys() - ranges.keys():
-        raise AumError(f"quantize: no calibration clip reached {', '.join(sorted(missing))}; are there training clips?")
-    if bad := [name for name, pair in ranges.items() if not np.isfinite(pair).all()]:
-        raise AumError(f"quantize: the input of {', '.join(bad)} is not finite on the calibration clips")
-    return ranges
+    if bad := [name for name, pair in ranges.items() if not all(end.isfinite() for end in pair)]:
+        raise AumError(
+            f"quantize: the input of {', '.join(name.removesuffix('.input') for name in bad[:3])} is not finite on the "
+            "calibration clips; wanted a model and clips that give finite values. aum-compress data check reads clips"
+        )
+    for name, pair in ranges.items():
+        quantizers[name].set_range(*pair)
 
 
-def _set_weight(layer: QuantizedLayer, weight: Tensor, top: int) -> None:
-    """Symmetric, one scale an output channel, integers in [-top, top]."""
-    largest = weight.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny * top)
-    scale = largest / top
-    layer.weight_scale.copy_(scale)
-    layer.weight.copy_(torch.round(weight / scale.view(-1, *[1] * (weight.dim() - 1))).clamp(-top, top).to(torch.int8))
-
-
-def _set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
-    """Asymmetric uint8 over [low, high], which contains 0."""
-    scale = max((high - low) / ZERO_POINT_MAX, 1e-12)
-    layer.input_scale.fill_(scale)
-    layer.input_zero_point.fill_(int(np.clip(round(-low / scale), 0, ZERO_POINT_MAX)))
+@contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """Switches all rounding of a fake-quantised model off."""
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    layers = [module for module in model.modules() if isinstance(module, FakeQuantizedLayer)]
+    switches, tops = [q.active for q in quantizers], [layer.top for layer in layers]
+    try:
+        for quantizer in quantizers:
+            quantizer.active = False
+        for layer in layers:
+            layer.top = None
+        yield
+    finally:
+        for quantizer, active in zip(quantizers, switches):
+            quantizer.active = active
+        for layer, top in zip(layers, tops):
+            layer.top = top

@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aum_compress import __version__
 from aum_compress.audio.front_ends import KALDI, LOG_MEL, count_frames, kind_of
 from aum_compress.errors import ModelFileError, join_problems
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
+"""How values are stored; the last three are quantised, `mixed` layer by layer (`models.storage`)."""
 Reads = Literal["features", "waveform"]
 """What a file takes in, which is also the name of its input: normalised features, or samples that its own front-end
 turns into them."""
@@ -81,8 +82,8 @@ class OnnxMetadata:
         labels = self.labels
         if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
             problems.append(f"labels: found {list(labels)}, wanted at least two different class names")
-        if self.precision not in ("fp32", "fp16", "int8"):
-            problems.append(f"precision: found {self.precision!r}, wanted fp32, fp16 or int8")
+        if self.precision not in get_args(Precision):
+            problems.append(f"precision: found {self.precision!r}, wanted {', '.join(get_args(Precision))}")
         if self.reads not in (FEATURES, WAVEFORM):
             problems.append(f"reads: found {self.reads!r}, wanted {FEATURES} or {WAVEFORM}")
         rate = self.input_rate_hz

@@ -9,6 +9,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Set
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import Sequential, common
@@ -106,6 +107,15 @@ def store_half(model: ir.Model, names: Set[str]) -> None:
         value.const_value = ir.tensor(half, name=name)
         value.dtype = ir.DataType.FLOAT16
         graph.insert_before(graph[0], cast)
+
+
+def store_int4(model: ir.Model, names: Set[str]) -> None:
+    """Stores the named int8 initialisers, whose values lie between -8 and 7, two a byte."""
+    for name in names:
+        value = model.graph.initializers[name]
+        integers = value.const_value.numpy()
+        value.const_value = ir.tensor(integers.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=name)
+        value.dtype = ir.DataType.INT4
 
 
 def _share_constants(model: ir.Model, stored: Set[str]) -> None:

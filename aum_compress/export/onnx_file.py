@@ -10,7 +10,9 @@ from aum_compress.errors import ModelFileError
 from aum_compress.export.scan_function import SCAN_DOMAIN
 
 IR_VERSION, OPSET = 10, 20
-"""The newest pair that onnxruntime 1.20 and all its successors read; onnx's own defaults are refused by them."""
+"""A pair that onnxruntime 1.20 and all its successors read; onnx's own defaults are refused by them."""
+INT4_OPSET = 21
+"""The first one with weights of 4 bits, and the newest of IR 10; used where a model has such weights."""
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -30,11 +32,12 @@ def load_onnx(path: Path) -> onnx.ModelProto:
             f"{path}: not a whole ONNX file ({path.stat().st_size} bytes): {reason}. Export or copy it again"
         ) from None
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    if opsets.get("") != OPSET or proto.ir_version > IR_VERSION or opsets.keys() - {"", SCAN_DOMAIN}:
+    if opsets.get("") not in (OPSET, INT4_OPSET) or proto.ir_version > IR_VERSION or opsets.keys() - {"", SCAN_DOMAIN}:
         found = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in opsets.items())
         raise ModelFileError(
             f"{path}: IR {proto.ir_version} with opsets {found or 'none'}; wanted IR up to {IR_VERSION}, ai.onnx "
-            f"{OPSET} and no other domain than {SCAN_DOMAIN}: not a file that this version exported; export it again"
+            f"{OPSET} or {INT4_OPSET} and no other domain than {SCAN_DOMAIN}: not a file that this version exported; "
+            "export it again"
         )
     return proto
 

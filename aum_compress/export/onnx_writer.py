@@ -16,14 +16,15 @@ from torch import Tensor
 from aum_compress import __version__
 from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import FEATURES, OnnxMetadata
-from aum_compress.export.onnx_cleanup import store_half, tidy
+from aum_compress.export.onnx_cleanup import store_half, store_int4, tidy
 from aum_compress.export.onnx_compact import compact
-from aum_compress.export.onnx_file import IR_VERSION, OPSET, write_whole
+from aum_compress.export.onnx_file import INT4_OPSET, IR_VERSION, OPSET, write_whole
 from aum_compress.export.scan_forms import ScanForm
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_VERSION, ScanKind, scan_function, scan_name
 from aum_compress.export.ssd_function import SSD_NAMES, ssd_function
 from aum_compress.models.factory import Model, fold_batch_norm, folded_config
-from aum_compress.models.quantized import round_to_half_, stored_tensors
+from aum_compress.models.quantized import quantized_layers, round_to_half_, stored_tensors
+from aum_compress.models.storage import WEIGHT_BITS
 
 OUTPUT_NAME = "logits"
 
@@ -33,7 +34,7 @@ def export_onnx(
 ) -> None:
     """Writes `model` to `path`: input `features` (1,1,F,T), output `logits` (1,C), both float32.
 
-    All arithmetic is float32. Precision fp16 and int8 store float tensors as float16 where that loses nothing, which
+    All arithmetic is float32. Every precision but fp32 stores float tensors as float16 where that loses nothing, which
     for fp16 means a model that `round_to_half` made. The same model and metadata give the same bytes.
 
     Args:
@@ -48,9 +49,12 @@ def export_onnx(
     _check_fit(model, path, metadata)
     model = fold_if_needed(model)
     stored = stored_tensors(model, half=metadata.precision != "fp32")
-    functions = _Functions(scan)
+    narrow = {f"{name}.weight" for name, storage in quantized_layers(model).items() if WEIGHT_BITS.get(storage) == 4}
+    opset = INT4_OPSET if narrow else OPSET
+    functions = _Functions(scan, opset)
     exported = _trace(model, dynamic_batch, functions)
     tidy(exported, stored.keys())
+    store_int4(exported, narrow)
     if metadata.precision != "fp32":
         store_half(exported, {name for name, tensor in stored.items() if tensor.dtype == torch.float16})
     write_whole(_finished(exported, metadata, functions), path)
@@ -109,7 +113,7 @@ def _trace(model: Model, dynamic_batch: bool, functions: "_Functions") -> ir.Mod
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=functions.opset,
             optimize=False,  # it would fold the model's tensors away; `tidy` does not
             input_names=[FEATURES],
             output_names=[OUTPUT_NAME],
@@ -128,8 +132,8 @@ def _trace(model: Model, dynamic_batch: bool, functions: "_Functions") -> ir.Mod
 class _Functions:
     """What torch's mixing operators become: calls of model-local functions, which are collected here."""
 
-    def __init__(self, form: ScanForm) -> None:
-        self.form = form
+    def __init__(self, form: ScanForm, opset: int) -> None:
+        self.form, self.opset = form, opset
         self.called: dict[str, onnx.FunctionProto] = {}
 
     def selective_scan(
@@ -155,7 +159,7 @@ class _Functions:
         return self._scan("fo-bi" if len(given) < len(parts) else "bi-bi", *given)
 
     def ssd(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, two_way: bool) -> Tensor:
-        self.called[SSD_NAMES[two_way]] = ssd_function(OPSET, two_way)
+        self.called[SSD_NAMES[two_way]] = ssd_function(self.opset, two_way)
         return self._call(SSD_NAMES[two_way], (x, dt, A, B, C, D), x)
 
     def _scan(self, kind: ScanKind, *parts: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ class _Functions:
         by_token = [part.transpose(1, 2) if part.dim() == 3 else part for part in parts]
         length = parts[0].shape[2]
         name = scan_name(kind, self.form, length)
-        self.called[name] = scan_function(OPSET, kind, self.form, length)
+        self.called[name] = scan_function(self.opset, kind, self.form, length)
         return self._call(name, by_token, by_token[0]).transpose(1, 2)
 
     @staticmethod
@@ -180,7 +184,7 @@ def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     return torch.onnx.ops.symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape)
 
 
-# torch traces its own translations at opset 18 and converts the whole graph to OPSET afterwards
+# torch traces its own translations at opset 18 and converts the whole graph to the one wanted afterwards
 
 
 def _quantize_dequantize(x, scale, zero_point):

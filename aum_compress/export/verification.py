@@ -37,6 +37,12 @@ TOLERANCES: Mapping[tuple[Precision, bool], Tolerance] = {
     ("int8", False): Tolerance(max_error=0.05, min_sqnr_db=30.0, min_agreement=0.98),
     # integer kernels also round biases, and intermediate results that stay in int8
     ("int8", True): Tolerance(max_error=0.25, min_sqnr_db=20.0, min_agreement=0.90),
+    ("int4", False): _SAME_ARITHMETIC,  # weights alone
+    # onnxruntime's kernel for weights of 4 bits rounds what it multiplies them with to 8
+    ("int4", True): Tolerance(max_error=0.05, min_sqnr_db=30.0, min_agreement=0.98),
+    # some layers as in int8 files
+    ("mixed", False): Tolerance(max_error=0.05, min_sqnr_db=30.0, min_agreement=0.98),
+    ("mixed", True): Tolerance(max_error=0.25, min_sqnr_db=20.0, min_agreement=0.90),
 }
 """(precision, onnxruntime's graph optimisation on) -> tolerance."""
 

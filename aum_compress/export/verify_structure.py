@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnxruntime import InferenceSession
@@ -90,12 +91,13 @@ def check_weights(proto: onnx.ModelProto, model: Model) -> Check:
     """Each tensor of the model against the initialiser of its name, bit by bit; a Linear may be stored transposed."""
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     unfit, differing = [], []
-    for name, tensor in stored_tensors(fold_if_needed(model), half=False).items():
+    for name, tensor in stored_tensors(fold_if_needed(model), half=False, pack=False).items():
         wanted = tensor.numpy()
         if name not in found:
             unfit.append(f"{name} is absent")
             continue
-        stored = found[name].astype(wanted.dtype) if found[name].dtype == np.float16 else found[name]
+        narrow = found[name].dtype in (np.float16, ml_dtypes.int4)
+        stored = found[name].astype(wanted.dtype) if narrow else found[name]
         options = [w for w in (wanted, wanted.T) if w.shape == stored.shape and w.dtype == stored.dtype]
         if not options:
             unfit.append(f"{name} is {stored.dtype} {stored.shape}, wanted {wanted.dtype} {wanted.shape}")

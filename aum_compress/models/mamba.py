@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from aum_compress.kernels import cuda
 from aum_compress.models import scan
 from aum_compress.models.config import BlockConfig
+from aum_compress.models.quantized import ActivationSlot
 
 # the range that Mamba draws its initial step sizes from (Gu and Dao 2023, section 3.6), for sequences of hundreds
 DT_MIN, DT_MAX = 1e-3, 1e-1
 SHORT_SEQUENCE = 64
 FORWARD, BACKWARD = "", "_b"
+SCAN_SLOTS = ("u", "B", "C", "delta")
+"""What may be quantised before it enters the scan; delta is what softplus makes a step size of."""
 
 
 def drawn_step_bias(count: int, length: int) -> Tensor:
@@ -59,6 +62,8 @@ class MambaMixer(nn.Module):
         setattr(self, f"x_proj{suffix}", nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False))
         setattr(self, f"dt_proj{suffix}", dt_proj)
         setattr(self, f"D{suffix}", nn.Parameter(torch.ones(d_inner)))
+        for name in SCAN_SLOTS:
+            setattr(self, f"scan_{name}{suffix}", ActivationSlot())
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, z = (half.transpose(1, 2) for half in self.in_proj(tokens).chunk(2, dim=-1))  # (B,D,L) each
@@ -81,11 +86,12 @@ class MambaMixer(nn.Module):
     def scan_inputs(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of x (B,D,L): u and delta (B,D,L), B and C (B,N,L)."""
         config = self.config
-        u = self._convolve(x, getattr(self, f"conv1d{suffix}"))
+        slot = {name: getattr(self, f"scan_{name}{suffix}") for name in SCAN_SLOTS}
+        u = slot["u"](self._convolve(x, getattr(self, f"conv1d{suffix}")))
         projected = getattr(self, f"x_proj{suffix}")(u.transpose(1, 2))
         dt, b, c = projected.split([config.dt_rank, config.d_state, config.d_state], dim=-1)
-        delta = getattr(self, f"dt_proj{suffix}")(dt).transpose(1, 2)
-        return u, delta, b.transpose(1, 2), c.transpose(1, 2)
+        delta = slot["delta"](getattr(self, f"dt_proj{suffix}")(dt)).transpose(1, 2)
+        return u, delta, slot["B"](b).transpose(1, 2), slot["C"](c).transpose(1, 2)
 
     def _convolve(self, x: Tensor, convolution: nn.Module) -> Tensor:
         # outside training, the hooks of calibration and the module of int8 have to be reached

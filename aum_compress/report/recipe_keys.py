@@ -135,6 +135,8 @@ def _values(node: dict[str, Any]) -> str:
         return ", ".join(map(str, node["enum"]))
     if node.get("type") == "array":
         return f"list: {_values(node['items'])}" if "items" in node else "list"
+    if isinstance(node.get("additionalProperties"), dict):
+        return f"names, each with {_values(node['additionalProperties'])}"
     if node.get("type") in ("integer", "number"):
         return {"integer": "whole number", "number": "number"}[node["type"]] + _bounds(node)
     if node.get("type") == "string":

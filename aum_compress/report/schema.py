@@ -146,6 +146,27 @@ class PruningStep(TypedDict):
     """Behind the step's fine-tuning."""
 
 
+class Search(TypedDict):
+    """What a search of precisions found, and on which clips it was judged."""
+
+    param_bytes: int
+    accuracy_drop: float
+    rolled_back: list[str]
+    part: str
+    clips: int
+
+
+class Quantisation(TypedDict):
+    layers: dict[str, str]
+    """Name of each quantised layer, or input of a scan -> its storage (`models.storage`)."""
+    weight_bits: int
+    """Of weights whose inputs are integers too."""
+    saturating_pairs: int
+    """Pairs of such weights whose products can leave 16 bits together (`compress.saturation`)."""
+    sqnr_db: float | None
+    search: Search | None
+
+
 class Report(TypedDict):
     """One run of a recipe, to its end or up to some stage."""
 
@@ -167,5 +188,6 @@ class Report(TypedDict):
     training: dict[str, list[Epoch]]
     """By training run."""
     pruning: list[PruningStep] | None
+    quantisation: NotRequired[Quantisation | None]
     next: str
     """The command to try now; empty where there is none."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from aum_compress.report.content import Cell, Section, Table, figure, names, numbers, percent, portion, share
+from aum_compress.report.quantisation import quantisation_section
 from aum_compress.report.schema import FileCheck, Layer, Report, RoadStep
 from aum_compress.report.verdict import shipped_step, step_budget, verified_cell
 
@@ -14,7 +15,18 @@ MEASURE = "Accuracy: % of test clips, mean over classes."
 
 def sections(report: Report) -> list[Section]:
     """All that there is to say; a part without figures (no devices, nothing trained, nothing verified) is left out."""
-    made = (_road, _budget, _layers, _devices, _classes, _training, _pruning, _verification, _provenance)
+    made = (
+        _road,
+        _budget,
+        _layers,
+        _devices,
+        _classes,
+        _training,
+        _pruning,
+        quantisation_section,
+        _verification,
+        _provenance,
+    )
     return [section for make in made if (section := make(report)) is not None]
 
 

@@ -196,9 +196,10 @@ def _counted(recipe: Recipe, until: str | None) -> tuple[int | None, int]:
     if recipe.prune and "prune" in _stages(until):
         config = _pruned(recipe, config, until)
     macs = per_second(sum(analytic_macs(config).values()), seconds)
-    if isinstance(config, CPMobileConfig):
+    precision = _precision(recipe, until)
+    if isinstance(config, CPMobileConfig) or precision == "mixed":  # how many bytes, is known only when it is made
         return None, macs
-    return sum(stored.param_bytes for stored in analytic_stored(config, _precision(recipe, until)).values()), macs
+    return sum(stored.param_bytes for stored in analytic_stored(config, precision).values()), macs
 
 
 def _pruned(recipe: Recipe, config: AudioMambaConfig, until: str | None) -> AudioMambaConfig:
@@ -212,10 +213,10 @@ def _pruned(recipe: Recipe, config: AudioMambaConfig, until: str | None) -> Audi
     return least_config(config, left, costing, Cost(limits.max_param_bytes, limits.max_macs))
 
 
-def _precision(recipe: Recipe, until: str | None) -> Precision:
+def _precision(recipe: Recipe, until: str | None) -> Precision | Literal["mixed"]:
     """Of the file that ships, as `pipeline.shipped_budget` takes it."""
     if recipe.quantize and "quantize" in _stages(until):
-        return "int8"
+        return recipe.quantize.precision
     return "fp16" if recipe.export and "fp16" in recipe.export.precisions else "fp32"
 
 

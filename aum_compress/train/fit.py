@@ -52,6 +52,7 @@ def fit(
     teacher_embeddings: Tensor | None = None,
     distill: DistillSection | None = None,
     ranks: Ranks = ALONE,
+    frozen_epochs: int | None = None,
 ) -> FitResult:
     """Trains `model` in place and leaves in it the weights, or their average, of the epoch that `config.keep` names.
 
@@ -66,6 +67,8 @@ def fit(
         ranks: processes that all call this, and all get the same weights and figures. A step averages their gradients:
             it is the step of one process with `ranks.size` times the batch. Batch normalisation sees the whole batch on
             GPUs; on CPUs each process' own, as torch has no other there.
+        frozen_epochs: for a fake-quantised model (`models.fake_quantized`), how many epochs at the end leave its ranges
+            alone. What is validated is then the model with integer weights that it would be converted to.
 
     Raises:
         AumError: training diverged (loss not finite), a precision, device or strategy that this machine lacks, too few
@@ -95,6 +98,7 @@ def fit(
         teacher_logits=teacher_logits,
         teacher_embeddings=teacher_embeddings,
         distill=distill,
+        frozen_epochs=frozen_epochs,
     )
     history = _History(ranks)
     best = ModelCheckpoint(

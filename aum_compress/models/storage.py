@@ -1,0 +1,27 @@
+"""How a matrix, a convolution or an activation of a quantised model is stored: the words of recipes, cards and budgets.
+
+Torch-free. `models.quantized` has the layers that hold it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+WeightStorage = Literal["int8", "int8-weight", "int4-weight"]
+"""Of a layer's weights and what it reads: `int8` quantises both, the others the weights alone."""
+Storage = Literal["int8", "int8-smooth", "int8-weight", "int4-weight", "uint8"]
+"""The same, and `int8-smooth`: inputs are multiplied by a factor a channel before they are quantised; `uint8`: no
+weights, an activation of the scan."""
+
+WEIGHT_BITS: Mapping[Storage, int] = {"int8": 8, "int8-smooth": 8, "int8-weight": 8, "int4-weight": 4}
+QUANTISED_INPUTS: tuple[Storage, ...] = ("int8", "int8-smooth")
+
+QuantisedPrecision = Literal["int8", "int4", "mixed"]
+QUANTISED: tuple[QuantisedPrecision, ...] = ("mixed", "int4", "int8")
+"""What a quantised file is called: after its weights where they are alike."""
+
+NamedStorages = Mapping[str, Storage] | Iterable[str]
+"""Name of a layer -> storage; where only names are given, `int8`."""
+
+
+def as_storages(layers: NamedStorages) -> dict[str, Storage]:
+    return dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, "int8")
