@@ -305,6 +305,17 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
+def machine() -> str:
+    """Processor and operating system, in words; no name of the machine."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else processor}, {os.cpu_count()} cores, {platform.system()}"
+
+
 def now() -> str:
     """UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

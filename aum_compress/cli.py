@@ -21,6 +21,7 @@ from aum_compress.cli_export import export
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
 from aum_compress.cli_prune import add_prune
 from aum_compress.cli_quantize import add_quantize
+from aum_compress.cli_report import report
 from aum_compress.cli_sweep import sweep
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
@@ -208,6 +209,9 @@ def report(
         print_json(content)
     else:
         print_report(content, run_folder)
+
+
+app.command("report")(report)
 
 
 def main() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from aum_compress.budget.latency import estimated_ms
 from aum_compress.budget.records import BudgetReport, enforce
-from aum_compress.bundle import Bundle, now, tool_versions
+from aum_compress.bundle import Bundle, machine, now, tool_versions
+from aum_compress.compress.layer_signal import layer_signal
 from aum_compress.console import log, only_errors_of
 from aum_compress.errors import AumError, RecipeError
 from aum_compress.export.onnx_writer import fold_if_needed
+from aum_compress.models.config import AudioMambaConfig, ModelConfig
 from aum_compress.pruning import check_pruning, prune
 from aum_compress.publish import ShippedFile, export, gated_precision, publish, published, verify_and_measure
 from aum_compress.recipe_schema import Recipe, TrainConfig
@@ -28,6 +31,7 @@ STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quanti
 
 STEPS = {"distill": "distilled", "prune": "pruned", "quantize": "quantised"}
 """Stage -> what it makes of the student, in words of the report."""
+SIGNAL_CLIPS = 16
 
 
 @dataclass
@@ -211,6 +215,8 @@ def build_report(space: Workspace, bundles: dict[str, Bundle], shipped: list[Shi
         "training": {name: b.card.notes["history"] for name, b in bundles.items() if "history" in b.card.notes},
         "pruning": _pruning_steps(bundles["prune"]) if "prune" in bundles else None,
         "quantisation": _quantisation(space, bundles["quantize"]) if "quantize" in bundles else None,
+        "signal": _signal(space, bundles),
+        "machine": machine(),
         "next": f"aum-compress predict {space.exports / gated.path.name} YOUR.wav" if gated else "",
     }
 
@@ -246,6 +252,8 @@ def _bundle_row(space: Workspace, name: str, bundle: Bundle) -> dict[str, Any]:
         "file_bytes": None,
         "precision": bundle.card.precision,
         **{key: budget[key] for key in ("params", "param_bytes", "macs")},
+        "latency_ms": _estimated_ms(bundle.card.model),
+        "latency_is": "estimated" if _estimated_ms(bundle.card.model) else None,
         "within_budget": budget["verdict"] == "within",
         "validation_accuracy": bundle.card.metrics.get("validation_accuracy"),
         "test": bundle.card.metrics["test"],
@@ -263,10 +271,26 @@ def _file_row(file: ShippedFile) -> dict[str, Any]:
         "params": file.budget.params,
         "param_bytes": file.budget.param_bytes,
         "macs": file.budget.macs,
+        "latency_ms": file.latency_ms,
+        "latency_is": "measured",
         "within_budget": not file.budget.over,
         "validation_accuracy": None,
         "test": file.test,
     }
+
+
+def _estimated_ms(config: ModelConfig) -> float | None:
+    return round(estimated_ms(config), 3) if isinstance(config, AudioMambaConfig) else None
+
+
+def _signal(space: Workspace, bundles: dict[str, Bundle]) -> list[dict[str, Any]] | None:
+    """Of each quantised layer, on a few training clips."""
+    made = list(bundles)
+    if "quantize" not in made or made.index("quantize") == 0:
+        return None
+    full, quantized = bundles[made[made.index("quantize") - 1]], bundles["quantize"]
+    clips = torch.from_numpy(space.normalised("train", SIGNAL_CLIPS))
+    return layer_signal(fold_if_needed(full.load_model()), quantized.load_model(), clips)
 
 
 def _data_line(space: Workspace) -> str:

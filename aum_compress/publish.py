@@ -2,8 +2,10 @@
 
 import json
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ from aum_compress.workspace import FOLDERS, Workspace
 
 BUDGET_KEYS = ("verdict", "param_bytes", "params", "macs", "dcase_bytes", "dcase_macs", "limits")
 """What an ONNX file says of its budget in its metadata."""
+TIMED_RUNS = 40
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class ShippedFile:
     budget: BudgetReport
     test: dict[str, Any]
     """Metrics of the file in onnxruntime on the test part."""
+    latency_ms: float
+    """For one clip in onnxruntime on one thread of this machine, the median of some."""
     verifications: tuple[Verification, ...]
     """Of the file itself, then of the one with the front-end inside; empty where the recipe does not verify."""
 
@@ -135,7 +140,8 @@ def verify_and_measure(space: Workspace, exported: Bundle, full: Bundle, quantiz
                 with progress(f"verify: {with_front_end.name}"):
                     verifications.append(verify_onnx(with_front_end, reference, clips=clips, waveforms=recordings))
         budget = check_onnx(path, space.limits, config=models[precision].config)
-        shipped.append(ShippedFile(precision, path, budget, _accuracy(space, path), tuple(verifications)))
+        measured = (budget, _accuracy(space, path), _latency_ms(space, path))
+        shipped.append(ShippedFile(precision, path, *measured, tuple(verifications)))
     failed = [found for file in shipped for found in file.verifications if not found.passed]
     if failed:
         raise VerificationFailed("\n".join(line for verification in failed for line in verification.lines()))
@@ -253,6 +259,17 @@ def _accuracy(space: Workspace, path: Path) -> dict[str, Any]:
             logits.append(classifier.logits(features))
             reporter.advance(min(start + 64, len(test)), len(test))
     return space.measure(np.concatenate(logits))
+
+
+def _latency_ms(space: Workspace, path: Path) -> float:
+    classifier = Classifier(path, intra_op_num_threads=1)
+    features = golden_inputs(space.spec)[:1]
+    times = []
+    for _ in range(TIMED_RUNS):
+        begun = time.perf_counter()
+        classifier.logits(features)
+        times.append(time.perf_counter() - begun)
+    return round(1000 * median(times[TIMED_RUNS // 5 :]), 3)  # the first ones also lay out its memory
 
 
 def _metadata(space: Workspace, source: Bundle, model: Model, precision: str) -> OnnxMetadata:

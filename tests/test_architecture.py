@@ -28,7 +28,7 @@ ORDER: tuple[set[str], ...] = (
     {"recipe"},
     {"workspace"},
     {"teaching", "quantising"},
-    {"stages", "publish", "evaluate", "verifying", "benching"},
+    {"stages", "publish", "evaluate", "verifying", "benching", "comparing"},
     {"pruning"},
     {"prune_sensitivity"},
     {"pipeline"},
@@ -36,7 +36,7 @@ ORDER: tuple[set[str], ...] = (
     {"cli_options"},
     {
         *("cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_prune"),
-        *("cli_quantize", "cli_sweep"),
+        *("cli_quantize", "cli_report", "cli_sweep"),
     },
     {"cli"},
 )

@@ -25,6 +25,17 @@ class Series:
     values: Sequence[float | None]
 
 
+@dataclass(frozen=True)
+class Point:
+    """One mark of a scatter chart."""
+
+    x: float
+    y: float
+    series: int
+    label: str
+    """Stands beside it: a number, explained in a table."""
+
+
 def dot_chart(rows: Sequence[str], series: Sequence[Series], label: str, reference: tuple[str, float] | None) -> str:
     """Percentages, one row a name, one mark a series.
 
@@ -47,7 +58,7 @@ def dot_chart(rows: Sequence[str], series: Sequence[Series], label: str, referen
         for number in reversed(range(len(series))):
             if (value := series[number].values[place]) is not None:
                 parts.append(_mark(number, _scaled(value, 0, 100, left, right), y + 27))
-    return _svg(label, bottom + 20, parts) + _legend(series)
+    return _svg(label, bottom + 20, parts) + _legend([(number, one.name) for number, one in enumerate(series)])
 
 
 def line_chart(x: Sequence[float], series: Sequence[Series], label: str, x_label: str) -> str:
@@ -74,7 +85,85 @@ def line_chart(x: Sequence[float], series: Sequence[Series], label: str, x_label
         parts += [_curve(number, run) for run in _runs(points)]
         if len(points) <= _MOST_DOTS:
             parts += [_mark(number, *point, size=3) for point in points if point]
-    return _svg(label, _CURVE_HEIGHT, parts) + _legend(series)
+    return _svg(label, _CURVE_HEIGHT, parts) + _legend([(number, one.name) for number, one in enumerate(series)])
+
+
+def scatter_chart(points: Sequence[Point], label: str, x_label: str, limit: float | None, series: Sequence[str]) -> str:
+    """Points over a logarithmic axis; the vertical axis spans what there is, on round numbers.
+
+    Args:
+        limit: a dashed vertical line.
+        series: names of the series, for the legend; those without a name or a point are left out.
+    """
+    points = [point for point in points if point.x > 0 and math.isfinite(point.y)]
+    if not points:
+        return ""
+    marked = [point.x for point in points] + ([limit] if limit else [])
+    low, high = math.floor(math.log10(min(marked)) * 4) / 4, math.ceil(math.log10(max(marked)) * 4 + 0.2) / 4
+    y_ticks = _ticks(min(point.y for point in points), max(point.y for point in points))
+    bottom, right = _CURVE_HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+
+    def across(x: float) -> float:
+        return _scaled(math.log10(x), low, high, _LEFT, right)
+
+    parts = []
+    for tick in y_ticks:
+        y = _scaled(tick, y_ticks[0], y_ticks[-1], bottom, _TOP)
+        parts += [_line(_LEFT, y, right, y, "grid"), _text(_LEFT - 5, y + 4, f"{tick:g}", "end")]
+    for x in _log_ticks(low, high):
+        parts += [_line(across(x), _TOP, across(x), bottom, "grid"), _text(across(x), bottom + 16, _short(x), "middle")]
+    if limit:
+        parts += [_line(across(limit), _TOP, across(limit), bottom, "reference")]
+        parts.append(_text(across(limit) + 4, _TOP + 8, "limit", "start"))
+    parts.append(_text((_LEFT + right) / 2, bottom + 31, x_label, "middle"))
+    # marks first: a label stands clear of all of them where there is room
+    taken = [(across(p.x), _scaled(p.y, y_ticks[0], y_ticks[-1], bottom, _TOP), 10, 10) for p in points]
+    labels: list[str] = []
+    for point in sorted(points, key=lambda point: -point.series):  # what ships is drawn last, on top
+        x, y = across(point.x), _scaled(point.y, y_ticks[0], y_ticks[-1], bottom, _TOP)
+        parts.append(_mark(point.series, x, y, size=5))
+        labels.append(_free_place(x, y, point.label, right, taken))
+    parts += labels
+    present = {point.series for point in points}
+    named = [(number, name) for number, name in enumerate(series) if name and number in present]
+    return _svg(label, _CURVE_HEIGHT, parts) + _legend(named)
+
+
+def _free_place(x: float, y: float, label: str, right: float, taken: list[tuple[float, float, float, float]]) -> str:
+    """A label beside, over or below its mark, clear of what is `taken` (centre, width, height); that grows by it."""
+    width, height = 7.5 * len(label), 12
+    away = 7 + width / 2
+    places = [(x + away, y), (x - away, y), (x, y - 12), (x, y + 12), (x + away, y - 10), (x + away, y + 10)]
+
+    def crowd(place: tuple[float, float]) -> tuple[int, int]:
+        over = [
+            1
+            for (tx, ty, tw, th) in taken
+            if abs(tx - place[0]) < (tw + width) / 2 and abs(ty - place[1]) < (th + height) / 2
+        ]
+        return len(over) + 9 * (place[0] + width / 2 > right), places.index(place)
+
+    at = min(places, key=crowd)
+    taken.append((*at, width, height))
+    return _text(at[0], at[1] + 4, label, "middle", "row")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, with 3 times each where they are few; at most five."""
+    whole = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
+    if len(whole) > 5:
+        return whole[:: math.ceil(len(whole) / 5)]
+    finer = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high)) for factor in (1, 3)]
+    between = [x for x in finer if low <= math.log10(x) <= high]
+    return between if len(between) <= 5 else whole
+
+
+def _short(value: float) -> str:
+    """1000 as 1k, 3e7 as 30M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def _scaled(value: float, low: float, high: float, start: float, end: float) -> float:
@@ -122,12 +211,13 @@ def _mark(number: int, x: float, y: float, size: float = 6) -> str:
     return f'<polygon class="mark s{number}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>'
 
 
-def _legend(series: Sequence[Series]) -> str:
+def _legend(series: Sequence[tuple[int, str]]) -> str:
+    """Number and name of each; nothing where there is but one."""
     if len(series) < 2:
         return ""
     items = "".join(
-        f'<li><svg viewBox="0 0 16 16" aria-hidden="true">{_mark(number, 8, 8)}</svg>{escape(one.name)}</li>'
-        for number, one in enumerate(series)
+        f'<li><svg viewBox="0 0 16 16" aria-hidden="true">{_mark(number, 8, 8)}</svg>{escape(name)}</li>'
+        for number, name in series
     )
     return f'<ul class="legend">{items}</ul>'
 

@@ -18,6 +18,8 @@ class Cell(NamedTuple):
     """Length of a bar beside the text; above 1 is full."""
     good: bool | None = None
     """A verdict, which the text gives too; beside a bar, it is the bar's."""
+    shade: float | None = None
+    """Strength of the cell's colour, from 0 to 1, for tables that are looked at as a picture."""
 
 
 class Column(NamedTuple):

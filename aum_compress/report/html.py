@@ -1,12 +1,22 @@
 """The report as one HTML file that needs nothing else: style and charts inside, no script, no request. Torch-free."""
 
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
 from aum_compress.report.charts import Series, dot_chart, line_chart
-from aum_compress.report.content import Cell, Column, Section, Table
+from aum_compress.report.comparison import (
+    Comparison,
+    compared_contenders,
+    compared_limits,
+    compared_published,
+    comparison_sections,
+    comparison_verdict,
+)
+from aum_compress.report.content import Cell, Column, Section, Table, Verdict
 from aum_compress.report.schema import Epoch, Report
-from aum_compress.report.sections import sections
+from aum_compress.report.sections import contenders, published, sections
+from aum_compress.report.trade_off import trade_off_charts
 from aum_compress.report.verdict import verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -20,12 +30,32 @@ def render_html(report: Report) -> str:
 
     All text is escaped. Figures are those of `render_markdown`; charts are drawn beside them.
     """
-    found = verdict(report)
+    limits = report["budget"] and report["budget"]["limits"]
+    bounds = (limits.get("max_param_bytes"), limits.get("max_macs")) if limits else (None, None)
+    charts = {
+        "road": _road_chart(report),
+        "trade-off": trade_off_charts(contenders(report), published(report), bounds),
+        "training": _training_charts(report),
+    }
+    return html_page(report["recipe"], report["created"], verdict(report), report["next"], sections(report), charts)
+
+
+def render_comparison_html(found: Comparison) -> str:
+    """One page for several models: what each is best at, their figures, charts, classes, devices, layers."""
+    points, others = compared_contenders(found), compared_published(found)
+    charts = {"trade-off": trade_off_charts(points, others, compared_limits(found))}
+    title = " | ".join(one["name"] for one in found["models"])
+    return html_page(title, found["created"], comparison_verdict(found), "", comparison_sections(found), charts)
+
+
+def html_page(
+    name: str, created: str, found: Verdict, next_command: str, parts: Sequence[Section], charts: Mapping[str, str]
+) -> str:
+    """A whole page; `charts` by the key of the section in which they stand."""
     kind, symbol = _MARK[found.good]
-    title = escape(f"{report['recipe']}: {found.headline.lower()}")
+    title = escape(f"{name}: {found.headline.lower()}")
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in found.facts)
-    charts = {"road": _road_chart(report), "training": _training_charts(report)}
-    body = "\n".join(_section(section, charts.get(section.key, "")) for section in sections(report))
+    body = "\n".join(_section(section, charts.get(section.key, "")) for section in parts)
     style = files("aum_compress.report").joinpath("page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
@@ -41,11 +71,11 @@ def render_html(report: Report) -> str:
 </head>
 <body>
 <header>
-<p class="over">aum-compress report, {escape(report["created"])}</p>
-<h1>{escape(report["recipe"])}</h1>
+<p class="over">aum-compress report, {escape(created)}</p>
+<h1>{escape(name)}</h1>
 <div class="verdict {kind}"><p><span class="symbol" aria-hidden="true">{symbol}</span>{escape(found.headline)}</p>
 {f"<ul>{facts}</ul>" if facts else ""}</div>
-{f"<p>Next:</p><pre>{escape(report['next'])}</pre>" if report["next"] else ""}
+{f"<p>Next:</p><pre>{escape(next_command)}</pre>" if next_command else ""}
 </header>
 <main>
 {body}
@@ -69,16 +99,20 @@ def _table(table: Table, captioned: bool) -> str:
     rows = "\n".join(
         f"<tr>{''.join(_cell(cell, column) for cell, column in zip(row, table.columns))}</tr>" for row in table.rows
     )
+    shaded = ' class="matrix"' if any(cell.shade is not None for row in table.rows for cell in row) else ""
     caption = f"<h3>{title}</h3>" if captioned and not table.folded else ""
     whole = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
+        f"<table{shaded}><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
     return f"<details><summary>{title}</summary>{whole}</details>" if table.folded else caption + whole
 
 
 def _cell(cell: Cell, column: Column) -> str:
     text = escape(cell.text)
+    if cell.shade is not None:
+        own = " own" if cell.good else ""
+        return f'<td class="right shaded{own}" style="--shade:{min(max(cell.shade, 0), 1):.0%}">{text}</td>'
     if cell.fraction is None and cell.good is not None:
         kind, symbol = _MARK[cell.good]
         text = f'<span class="{kind}"><span aria-hidden="true">{symbol} </span>{text}</span>'

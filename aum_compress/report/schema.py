@@ -18,10 +18,16 @@ class Scores(TypedDict):
     accuracy: float
     overall_accuracy: float
     log_loss: float | None
+    ece: NotRequired[float | None]
+    """Expected calibration error, percent."""
     by_class: dict[str, float]
+    confusion: NotRequired[list[list[int]]]
+    """Row the true class, column the answer; in the order of the data's labels."""
     by_device: NotRequired[dict[str, float]]
     seen: NotRequired[float]
     unseen: NotRequired[float]
+    by_device_group: NotRequired[dict[str, float]]
+    """real, simulated, unseen, as DCASE Task 1 has them."""
 
 
 class RoadStep(TypedDict):
@@ -37,6 +43,9 @@ class RoadStep(TypedDict):
     params: int
     param_bytes: int
     macs: int
+    latency_ms: NotRequired[float | None]
+    """For one clip on one core: of a file measured, else estimated from the configuration (docs/budgets.md)."""
+    latency_is: NotRequired[Literal["measured", "estimated"] | None]
     within_budget: bool
     validation_accuracy: float | None
     test: Scores
@@ -124,6 +133,16 @@ class Verified(TypedDict):
     warnings: list[str]
 
 
+class LayerSignal(TypedDict):
+    """One quantised layer against the float model's, on training clips: SQNR in dB, None where nothing was lost."""
+
+    name: str
+    weight_sqnr_db: float | None
+    """None too where the layer's inputs are scaled, so that its weights are others by design."""
+    output_sqnr_db: float | None
+    """Of what it puts out, the errors of all layers before it included."""
+
+
 class Epoch(TypedDict):
     epoch: int
     train_loss: float | None
@@ -189,5 +208,9 @@ class Report(TypedDict):
     """By training run."""
     pruning: list[PruningStep] | None
     quantisation: NotRequired[Quantisation | None]
+    signal: NotRequired[list[LayerSignal] | None]
+    """Of the quantised model; None where nothing was quantised."""
+    machine: NotRequired[str]
+    """On which latencies were measured."""
     next: str
     """The command to try now; empty where there is none."""

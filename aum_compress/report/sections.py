@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 
+from aum_compress.report.confusion import confusion_section
 from aum_compress.report.content import Cell, Section, Table, figure, names, numbers, percent, portion, share
+from aum_compress.report.published import PublishedSystem, published_for
 from aum_compress.report.quantisation import quantisation_section
 from aum_compress.report.schema import FileCheck, Layer, Report, RoadStep
+from aum_compress.report.signal import signal_section
+from aum_compress.report.trade_off import Contender, trade_off
 from aum_compress.report.verdict import shipped_step, step_budget, verified_cell
 
 MOST_LAYERS = 12
@@ -16,16 +20,8 @@ MEASURE = "Accuracy: % of test clips, mean over classes."
 def sections(report: Report) -> list[Section]:
     """All that there is to say; a part without figures (no devices, nothing trained, nothing verified) is left out."""
     made = (
-        _road,
-        _budget,
-        _layers,
-        _devices,
-        _classes,
-        _training,
-        _pruning,
-        quantisation_section,
-        _verification,
-        _provenance,
+        *(_road, _trade_off, _budget, _layers, _devices, _classes, _confusion, _training, _pruning),
+        *(quantisation_section, signal_section, _verification, _provenance),
     )
     return [section for make in made if (section := make(report)) is not None]
 
@@ -45,6 +41,7 @@ def _road(report: Report) -> Section | None:
                 Cell(figure(test.get("unseen"), ".1f")),
                 Cell(figure(test["overall_accuracy"], ".1f")),
                 Cell(figure(test["log_loss"], ".3f")),
+                Cell(figure(test.get("ece"), ".1f")),
                 Cell(figure(step["validation_accuracy"], ".1f")),
             )
         )
@@ -56,18 +53,21 @@ def _road(report: Report) -> Section | None:
                 Cell(f"{step['param_bytes']:,}"),
                 Cell(f"{step['macs']:,}"),
                 step_budget(report, step),
+                Cell(latency_text(step)),
                 Cell(step["file"] or figure(None)),
                 Cell(figure(step["file_bytes"])),
             )
         )
     columns = (
         *names("model", "run as"),
-        *numbers("accuracy", "seen devices", "unseen devices", "over all clips", "log loss", "validation"),
+        *numbers("accuracy", "seen devices", "unseen devices", "over all clips", "log loss", "ECE", "validation"),
     )
     cost_columns = (
         *names("model", "precision"),
         *numbers("parameters", "param bytes", "MACs"),
-        *names("budget", "file"),
+        *names("budget"),
+        *numbers("ms a clip"),
+        *names("file"),
         *numbers("file bytes"),
     )
     data = report["data"]
@@ -75,9 +75,52 @@ def _road(report: Report) -> Section | None:
         f"{MEASURE} The {data['test']:,} test clips chose nothing: where an epoch was chosen, it was on "
         f"{data['validation']:,} validation clips. Over all clips: share of right answers, whatever the class. "
         "Log loss in nats. MACs for one second of audio.",
+        *_latencies(report),
     )
     tables = (Table("Accuracy", columns, tuple(accuracy)), Table("Cost", cost_columns, tuple(cost)))
     return Section("road", "From teacher to shipped file", paragraphs, tables)
+
+
+def latency_text(step: RoadStep) -> str:
+    """Milliseconds for one clip, and the word where they are an estimate."""
+    text = figure(step.get("latency_ms"), ".2f")
+    return f"{text} (estimated)" if step.get("latency_is") == "estimated" else text
+
+
+def _latencies(report: Report) -> Iterator[str]:
+    """How the times were come by."""
+    kinds = {step.get("latency_is") for step in report["road"]}
+    if "measured" in kinds:
+        yield (
+            "Milliseconds of files were measured in onnxruntime, one clip at a time on one thread "
+            f"({report['machine']}); the machine may have done other work."
+        )
+    if "estimated" in kinds:
+        yield "Estimated ones are for an fp32 file on one x86 core, from the configuration alone (docs/budgets.md)."
+
+
+def contenders(report: Report) -> list[Contender]:
+    """The models of the road."""
+    shipped = shipped_step(report)
+    return [
+        Contender(step["title"], step["test"]["accuracy"], step["param_bytes"], step["macs"], shipped=step is shipped)
+        for step in report["road"]
+    ]
+
+
+def published(report: Report) -> tuple[PublishedSystem, ...]:
+    """Systems that were tested on the run's data set."""
+    return published_for(report["data"]["kind"], report["data"]["labels"])
+
+
+def _trade_off(report: Report) -> Section | None:
+    return trade_off(contenders(report), published(report))
+
+
+def _confusion(report: Report) -> Section | None:
+    counted = [step for step in report["road"] if step["test"].get("confusion")]
+    step = shipped_step(report)
+    return confusion_section(step if step in counted else counted[-1] if counted else None, report["data"]["labels"])
 
 
 def _budget(report: Report) -> Section | None:
@@ -156,7 +199,8 @@ def _devices(report: Report) -> Section | None:
     groups = {name: "seen" for name in report["data"]["seen_devices"]}
     groups |= {name: "unseen" for name in report["data"]["unseen_devices"]}
     table = _by(report, "by_device", "Devices", "device", groups)
-    return table and Section("devices", "By recording device", (MEASURE,), (table,))
+    grouped = _by(report, "by_device_group", "Groups of devices", "group", None)
+    return table and Section("devices", "By recording device", (MEASURE,), (table, *([grouped] if grouped else ())))
 
 
 def _classes(report: Report) -> Section | None:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aum_compress.console import out, say
+from aum_compress.report.comparison import Comparison, comparison_verdict
 from aum_compress.report.content import Cell, figure, names, numbers
 from aum_compress.report.schema import Report
 from aum_compress.report.verdict import checks_passed, exported, step_budget, verdict, verified_cell
@@ -62,6 +63,18 @@ def plain_lines(report: Report) -> list[str]:
     rows = [[column.title for column in _COLUMNS], *([cell.text for cell in row] for row in _road(report))]
     road = aligned(rows, [column.right for column in _COLUMNS]) if report["road"] else []
     return [*road, *summary_lines(report)]
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """Several models side by side: a line each, then what is best at what."""
+    rows = [[column.title for column in _COLUMNS]]
+    for one in found["models"]:
+        step = one["step"]
+        accuracies = (figure(step["test"].get(key), ".1f") for key in ("accuracy", "seen", "unseen"))
+        cost = (f"{step[key]:,}" for key in ("param_bytes", "macs"))
+        budget = "within" if step["within_budget"] else "over"
+        rows.append([one["name"], f"{step['precision']} {step['measured_with']}", *accuracies, *cost, budget])
+    return [*aligned(rows, [column.right for column in _COLUMNS]), "", *comparison_verdict(found).facts]
 
 
 def data_lines(summary: dict[str, Any]) -> list[str]:

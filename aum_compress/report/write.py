@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from aum_compress.errors import BundleError, join_problems
-from aum_compress.report.html import render_html
-from aum_compress.report.markdown import render_markdown
+from aum_compress.report.comparison import Comparison
+from aum_compress.report.html import render_comparison_html, render_html
+from aum_compress.report.markdown import render_comparison_markdown, render_markdown
 from aum_compress.report.schema import REPORT_SCHEMA, Report
 
-_JSON = "report.json"
+REPORT_JSON = "report.json"
 
 
 def report_files(report: Report) -> dict[str, bytes]:
@@ -22,9 +23,19 @@ def report_files(report: Report) -> dict[str, bytes]:
     """
     report = _finite(report)
     return {
-        _JSON: (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        REPORT_JSON: (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
         "report.md": render_markdown(report).encode(),
         "report.html": render_html(report).encode(),
+    }
+
+
+def comparison_files(found: Comparison) -> dict[str, bytes]:
+    """The same three of several models side by side."""
+    found = _finite(found)
+    return {
+        REPORT_JSON: (json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        "report.md": render_comparison_markdown(found).encode(),
+        "report.html": render_comparison_html(found).encode(),
     }
 
 
@@ -37,7 +48,7 @@ def read_report(folder: Path) -> Report:
     Raises:
         BundleError: there is none, or it is not a whole report of this schema.
     """
-    path = folder / _JSON
+    path = folder / REPORT_JSON
     again = "run the recipe again to write it anew"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
