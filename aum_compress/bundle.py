@@ -10,6 +10,8 @@ import os
 import platform
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CARD, TENSORS, GOLDEN, RECIPE = "bundle.json", "model.safetensors", "golden.npz", "recipe.yaml"
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise on a damaged file."""
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of golden logits at read time: other machines sum in another order, no more."""
 
@@ -88,14 +92,25 @@ class Bundle:
 
     def tensors(self) -> dict[str, "Tensor"]:
         """Tensors at their stored width."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self._file(TENSORS))
+        path = self._file(TENSORS)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise BundleError(f"{path}: cannot be read as safetensors: {error}; make the bundle again") from None
 
     def golden(self) -> tuple[np.ndarray, np.ndarray]:
         """Golden inputs (B,1,F,T) and the logits (B,C) that the bundle's writer computed."""
-        with np.load(self._file(GOLDEN), allow_pickle=False) as stored:
-            return stored["inputs"], stored["logits"]
+        path = self._file(GOLDEN)
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return stored["inputs"], stored["logits"]
+        except NPZ_ERRORS as error:
+            raise BundleError(
+                f"{path}: cannot be read as golden inputs and logits: {error}; make the bundle again"
+            ) from None
 
     def load_model(self) -> "Model":
         """The model in evaluation mode, rebuilt from configuration and tensors, and proved on the golden inputs.
@@ -109,6 +124,10 @@ class Bundle:
         from aum_compress.models.quantized import load_stored, swap_in_quantized
 
         model = build_model(self.card.model)
+        if unknown := set(self.card.quantized_layers) - {name for name, _ in model.named_modules()}:
+            raise BundleError(
+                f"{self.path / CARD}: quantized_layers names {', '.join(sorted(unknown))}, which the model does not have"
+            )
         swap_in_quantized(model, self.card.quantized_layers)
         if problems := load_stored(model, self.tensors()):
             raise BundleError(
@@ -116,6 +135,16 @@ class Bundle:
             )
         model.eval()
         inputs, expected = self.golden()
+        config = self.card.model
+        shapes = (inputs.shape[1:], expected.shape)
+        if inputs.dtype != np.float32 or shapes != (
+            (1, config.n_mels, config.n_frames),
+            (len(inputs), config.n_classes),
+        ):
+            raise BundleError(
+                f"{self.path / GOLDEN}: holds {inputs.dtype} inputs {inputs.shape} and logits {expected.shape}, wanted "
+                f"float32 (B, 1, {config.n_mels}, {config.n_frames}) and (B, {config.n_classes}); make the bundle again"
+            )
         with torch.inference_mode():
             found = model(torch.from_numpy(inputs)).numpy()
         error = float(np.abs(found - expected).max())
@@ -150,9 +179,12 @@ def read_bundle(path: Path) -> Bundle:
             f"{card_path}: cannot be read as a bundle card of schema {SCHEMA}; cut short or altered? {' '.join(detail)}"
         ) from None
     problems = []
+    inside = path.resolve()
     for name, wanted in card.files.items():
         file = path / name
-        if not file.is_file():
+        if inside not in file.resolve().parents:  # `..`, an absolute path, or a link
+            problems.append(f"{name}: leads out of the folder, wanted a file in it")
+        elif not file.is_file():
             problems.append(f"{name}: absent")
         elif (found := file_sha256(file)) != wanted:
             problems.append(f"{name}: altered or cut short: sha256 {found[:12]}..., wanted {wanted[:12]}...")

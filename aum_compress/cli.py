@@ -195,22 +195,6 @@ def predict(
 app.command()(bench)
 
 
-@app.command()
-def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="DIR", help="exports/<name> or runs/<recipe>.")],
-    as_json: Json = False,
-) -> None:
-    """Show the report of a finished run again."""
-    from aum_compress.report.tables import print_report
-    from aum_compress.report.write import read_report
-
-    content = read_report(run_folder)
-    if as_json:
-        print_json(content)
-    else:
-        print_report(content, run_folder)
-
-
 app.command("report")(report)
 
 

@@ -1,4 +1,4 @@
-"""Damaged files for every reader of bytes from outside: a valid one, mutated; what comes back is a result or an AumError.
+"""Damaged files for every reader of bytes from outside: valid ones, mutated; wanted is a result or an AumError.
 
 `tests/test_fuzz.py` runs some examples of each; `benchmarks/fuzz.py` as many as an hour takes.
 """
@@ -33,7 +33,10 @@ from aum_compress.report.write import read_report, report_files
 from aum_compress.train.teachers import load_outputs, save_outputs
 
 MOST_BYTES = 400_000
-TOKENS = (b"nan", b"-1", b"1e999", b"null", b"[]", b"{}", b'"', b"\x00", b"\xff\xfe", b"../../x", b"9" * 40, b"\t", b"\n")
+TOKENS = (
+    *(b"nan", b"-1", b"1e999", b"null", b"[]", b"{}", b'"'),
+    *(b"\x00", b"\xff\xfe", b"../../x", b"9" * 40, b"\t", b"\n"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Target:
 
 
 def mutated(content: bytes, generator: random.Random) -> bytes:
-    """`content` with one to four changes: bits flipped, pieces cut, doubled, moved, overwritten or replaced by a token."""
+    """`content` with one to four changes: bits flipped; pieces cut, doubled, moved, overwritten or replaced."""
     found = bytearray(content)
     for _ in range(generator.randint(1, 4)):
         at, length = generator.randrange(len(found) + 1), generator.choice((1, 2, 4, 8, 64, 1024))
@@ -98,7 +101,8 @@ def targets(folder: Path, bundle: Path, report: Path) -> list[Target]:
     """
     tree = write_tau_tree(folder / "tree")
     folders = write_class_folders(folder / "sounds", files=3)
-    (folders / "groups.csv").write_text("file,group\n" + "".join(f"bark/{k}.wav,{k}\nrain/{k}.wav,r{k}\n" for k in range(3)))
+    rows = [f"bark/{k}.wav,{k}\nrain/{k}.wav,r{k}\n" for k in range(3)]
+    (folders / "groups.csv").write_text("file,group\n" + "".join(rows))
     found = [*_audio(folder), *_tables(tree, folders), *_bundles(folder, bundle), *_npz(folder)]
     (folder / "onnx").mkdir()
     model = written(folder / "onnx", "int8")
@@ -108,7 +112,8 @@ def targets(folder: Path, bundle: Path, report: Path) -> list[Target]:
     recipe.write_text(yaml.safe_dump(_recipe()))
     found.append(Target("yaml, recipe", recipe, load_recipe))
     shutil.copytree(report, folder / "report")
-    found.append(Target("json, report", folder / "report" / "report.json", lambda path: report_files(read_report(path.parent))))
+    written_report = folder / "report" / "report.json"
+    found.append(Target("json, report", written_report, lambda path: report_files(read_report(path.parent))))
     return [*found, _checkpoint(folder)]
 
 
@@ -160,7 +165,8 @@ def _bundles(folder: Path, bundle: Path) -> list[Target]:
 def _npz(folder: Path) -> list[Target]:
     path, ids, labels = folder / "logits.npz", [f"clip{k}" for k in range(12)], ["bark", "rain"]
     sums = [f"{k:064x}" for k in range(12)]
-    save_outputs(path, ids, sums, labels, np.random.default_rng(0).normal(size=(1, 12, 2)), embeddings=np.ones((1, 12, 4)))
+    logits = np.random.default_rng(0).normal(size=(1, 12, 2))
+    save_outputs(path, ids, sums, labels, logits, embeddings=np.ones((1, 12, 4)))
     return [Target("npz, logits", path, lambda path: load_outputs(path, ids, sums, labels))]
 
 
