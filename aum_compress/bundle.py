@@ -126,7 +126,7 @@ class Bundle:
         model = build_model(self.card.model)
         if unknown := set(self.card.quantized_layers) - {name for name, _ in model.named_modules()}:
             raise BundleError(
-                f"{self.path / CARD}: quantized_layers names {', '.join(sorted(unknown))}, which the model does not have"
+                f"{self.path / CARD}: quantized_layers names {', '.join(sorted(unknown))}, which the model lacks"
             )
         swap_in_quantized(model, self.card.quantized_layers)
         if problems := load_stored(model, self.tensors()):
@@ -136,11 +136,8 @@ class Bundle:
         model.eval()
         inputs, expected = self.golden()
         config = self.card.model
-        shapes = (inputs.shape[1:], expected.shape)
-        if inputs.dtype != np.float32 or shapes != (
-            (1, config.n_mels, config.n_frames),
-            (len(inputs), config.n_classes),
-        ):
+        wanted = ((1, config.n_mels, config.n_frames), (len(inputs), config.n_classes))
+        if inputs.dtype != np.float32 or (inputs.shape[1:], expected.shape) != wanted:
             raise BundleError(
                 f"{self.path / GOLDEN}: holds {inputs.dtype} inputs {inputs.shape} and logits {expected.shape}, wanted "
                 f"float32 (B, 1, {config.n_mels}, {config.n_frames}) and (B, {config.n_classes}); make the bundle again"
