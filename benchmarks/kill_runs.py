@@ -1,0 +1,132 @@
+"""SIGKILL at random moments of a run: does the rerun always end with the same models?
+
+    python benchmarks/kill_runs.py [--kills 50] [--recipe quickstart | --tiny] [--seed 0] [--out FILE.json]
+
+One run to the end says which models are wanted. Then, for each kill, a fresh run is killed at a random moment of the
+time that the whole one took, and started again until it ends: what comes out must be the same tensors, byte by byte, in
+every stage, the same ONNX graphs (their metadata name the moment), and nothing half-written beside them. `--tiny` takes
+the recipe of the tests, which is all stages in seconds. Times serve to spread the kills and are no result.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from aum_compress.bundle import file_sha256, machine
+
+COMMAND = [sys.executable, "-c", "from aum_compress.cli import main; main()", "run"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--tiny", action="store_true", help="the recipe of the tests in place of --recipe")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    generator = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        recipe = _tiny(place) if arguments.tiny else arguments.recipe
+        started = time.monotonic()
+        _run(recipe, place / "whole")
+        seconds = time.monotonic() - started
+        wanted = _models(place / "whole")
+        rows = []
+        for number in range(arguments.kills):
+            rows.append(_killed(recipe, place / "killed", generator.uniform(0, seconds), wanted))
+            print(f"kill {number + 1} of {arguments.kills}: {rows[-1]}", file=sys.stderr, flush=True)
+            shutil.rmtree(place / "killed", ignore_errors=True)
+    record = {
+        "command": " ".join(["python", "benchmarks/kill_runs.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "models": len(wanted),
+        "kills": sum(row["killed"] for row in rows),
+        "same_models": sum(row["same"] for row in rows),
+        "nothing_left_over": sum(not row["left_over"] for row in rows),
+        "runs": rows,
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{record['kills']} kills, the same models {record['same_models']} times: {arguments.out}")
+
+
+def _tiny(place: Path) -> str:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from audio_trees import write_tau_tree
+    from tiny_recipe import write_recipe
+
+    return str(write_recipe(place, write_tau_tree(place / "tree")))
+
+
+def _start(recipe: str, out: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"AUM_CACHE": str(out.parent / f"cache-of-{out.name}")}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, recipe, "--out", str(out)], env=environment, **quiet)
+
+
+def _run(recipe: str, out: Path) -> None:
+    process = _start(recipe, out)
+    _, stderr = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the run itself has failed: {stderr.decode()[-2000:]}")
+
+
+def _killed(recipe: str, out: Path, after: float, wanted: dict[str, str]) -> dict[str, Any]:
+    """One run, killed after so many seconds, its features gone with it, then run again to its end."""
+    process = _start(recipe, out)
+    try:
+        process.wait(after)
+        killed = False
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        killed = True
+    process.communicate()
+    done = len(list(out.glob("runs/*/*/bundle.json")))
+    _run(recipe, out)
+    found = _models(out)
+    left_over = [
+        str(path.relative_to(out)) for path in out.rglob(".*") if "writing" in path.name or "replaced" in path.name
+    ]
+    shutil.rmtree(out.parent / f"cache-of-{out.name}", ignore_errors=True)
+    changed = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return {
+        "after_seconds": round(after, 2),
+        "killed": killed,
+        "stages_done": done,
+        "same": not changed,
+        "changed": changed,
+        "left_over": left_over,
+    }
+
+
+def _models(out: Path) -> dict[str, str]:
+    """SHA-256 of all tensors, and of all ONNX files without their metadata."""
+    found = {}
+    for path in [*out.rglob("model.safetensors"), *out.rglob("*.onnx")]:
+        if ".work" in path.parts:
+            continue
+        name = str(path.relative_to(out))
+        if path.suffix == ".onnx":
+            model = onnx.load(path)
+            del model.metadata_props[:]
+            found[name] = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+        else:
+            found[name] = file_sha256(path)
+    return found
+
+
+if __name__ == "__main__":
+    main()
