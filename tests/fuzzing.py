@@ -175,7 +175,7 @@ def _checkpoint(folder: Path) -> Target:
     from aum_compress.models.config import AudioMambaConfig, PatchStem, uniform_blocks
 
     config = AudioMambaConfig(
-        n_mels=32,
+        n_mels=128,
         n_frames=32,
         n_classes=5,
         d_model=16,

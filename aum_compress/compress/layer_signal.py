@@ -49,9 +49,10 @@ def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 
 
 def _weight_sqnr_db(layer: nn.Module, quantized: QuantizedLayer) -> float | None:
-    if getattr(quantized, "input_factor", None) is not None:
-        return None
-    return _sqnr_db(layer.weight.detach(), dequantize_weight(quantized.weight, quantized.weight_scale))
+    stored = dequantize_weight(quantized.weight, quantized.weight_scale)
+    if quantized.input_factor is not None:  # its inputs are multiplied by it
+        stored = stored * quantized.input_factor.detach().view(1, -1, *[1] * (stored.dim() - 2))
+    return _sqnr_db(layer.weight.detach(), stored)
 
 
 def _sqnr_db(wanted: Tensor, found: Tensor) -> float | None:

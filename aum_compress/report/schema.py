@@ -138,7 +138,6 @@ class LayerSignal(TypedDict):
 
     name: str
     weight_sqnr_db: float | None
-    """None too where the layer's inputs are scaled, so that its weights are others by design."""
     output_sqnr_db: float | None
     """Of what it puts out, the errors of all layers before it included."""
 
