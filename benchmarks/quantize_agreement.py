@@ -52,7 +52,9 @@ def model_of(file: Path, config, layers: NamedStorages = ()) -> Model:
     state = {}
     for name, wanted in model.state_dict().items():
         found = torch.from_numpy(tensors[name].copy())
-        transposed = found.shape != wanted.shape or (found.dim() == 2 and _is_linear(model, name))
+        # before a MatMul as (inputs, outputs), before a Gemm as torch has it; a square one is read by a MatMul
+        square = found.dim() == 2 and len(set(found.shape)) == 1
+        transposed = found.shape != wanted.shape or (square and _is_linear(model, name))
         state[name] = (found.T if transposed else found).to(wanted.dtype).contiguous()
     model.load_state_dict(state)
     return model.eval()

@@ -208,7 +208,7 @@ def test_metadata_survives_the_file():
     [
         ({"labels": ("bus", "bus")}, "labels: found .*two different"),
         ({"labels": ("bus",)}, "labels: found .*two different"),
-        ({"precision": "fp64"}, "precision: found 'fp64', wanted fp32, fp16 or int8"),
+        ({"precision": "fp64"}, "precision: found 'fp64', wanted fp32, fp16, int8, int4, mixed"),
         ({"input": {"clip_seconds": 1.0, "mean": 0, "std": 1}}, "input.front_end: absent"),
         ({"input": SPEC.model_dump() | {"std": 0.0}}, "input.std: found 0.0, wanted a number above zero"),
         ({"input": SPEC.model_dump() | {"mean": float("nan")}}, "input.mean: found nan, wanted a finite number"),

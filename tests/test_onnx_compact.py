@@ -24,7 +24,10 @@ def test_every_int8_layer_is_one_node():
     assert {name: count for name, count in kinds.items() if name.startswith("Int8")} == {
         **{"Int8Conv": 6, "Int8Linear": 3, "Int8MatMul": 4, "Int8Gemm": 1}
     }
-    assert not {"QuantizeLinear", "DequantizeLinear"} & kinds.keys()
+    # 3 inputs of each of two scans have no layer that they could be written with
+    written_out = [n.name for n in proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(written_out) == 12
+    assert all(".scan_" in name for name in written_out)
     names = {node.name for node in proto.graph.node}
     assert {"layers.0.mixer.in_proj/MatMul", "patch_embed.stages.0.0/Conv"} <= names
 

@@ -87,11 +87,11 @@ class MambaMixer(nn.Module):
         """Of x (B,D,L): u and delta (B,D,L), B and C (B,N,L)."""
         config = self.config
         slot = {name: getattr(self, f"scan_{name}{suffix}") for name in SCAN_SLOTS}
-        u = slot["u"](self._convolve(x, getattr(self, f"conv1d{suffix}")))
-        projected = getattr(self, f"x_proj{suffix}")(u.transpose(1, 2))
+        u = slot["u"](self._convolve(x, getattr(self, f"conv1d{suffix}")).transpose(1, 2))
+        projected = getattr(self, f"x_proj{suffix}")(u)
         dt, b, c = projected.split([config.dt_rank, config.d_state, config.d_state], dim=-1)
         delta = slot["delta"](getattr(self, f"dt_proj{suffix}")(dt)).transpose(1, 2)
-        return u, delta, slot["B"](b).transpose(1, 2), slot["C"](c).transpose(1, 2)
+        return u.transpose(1, 2), delta, slot["B"](b).transpose(1, 2), slot["C"](c).transpose(1, 2)
 
     def _convolve(self, x: Tensor, convolution: nn.Module) -> Tensor:
         # outside training, the hooks of calibration and the module of int8 have to be reached
