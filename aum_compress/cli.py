@@ -19,6 +19,7 @@ from aum_compress.cli_doctor import doctor
 from aum_compress.cli_evaluate import evaluate
 from aum_compress.cli_export import export
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
+from aum_compress.cli_predict import predict
 from aum_compress.cli_prune import add_prune
 from aum_compress.cli_quantize import add_quantize
 from aum_compress.cli_report import report
@@ -162,34 +163,7 @@ def verify(
 app.command()(evaluate)
 
 
-@app.command()
-def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
-    files: Annotated[list[Path], typer.Argument(metavar="WAV...", help="Recordings of any rate, channels, length.")],
-    threads: Annotated[int, typer.Option(min=0, help="0: as onnxruntime chooses.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """What is heard: a line for each window, and the vote of each recording. Works without torch."""
-    from aum_compress.export.runtime import Classifier
-
-    classifier = Classifier(model, intra_op_num_threads=threads)
-    failed = []
-    records = []
-    for file in files:
-        try:
-            prediction = classifier.classify_file(file)
-        except AumError as error:  # the other recordings are answered all the same
-            failed.append(str(error))
-            continue
-        if as_json:
-            records.append({"file": str(file), **prediction.to_dict()})
-        else:
-            for line in prediction.lines(str(file)):
-                say(line)
-    if as_json:
-        print_json(records)
-    if failed:
-        raise AumError("\n".join(failed))
+app.command()(predict)
 
 
 app.command()(bench)

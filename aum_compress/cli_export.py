@@ -22,6 +22,11 @@ class Scan(StrEnum):
     unrolled = "unrolled"
 
 
+class Format(StrEnum):
+    onnx = "onnx"
+    ort = "ort"
+
+
 def export(
     source: Annotated[
         Path,
@@ -44,6 +49,13 @@ def export(
         int | None,
         typer.Option(min=1, metavar="HZ", help="Of the samples that a waveform file reads and resamples."),
     ] = None,
+    file_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="ort: onnxruntime's own format beside each .onnx file, and the operators of a reduced build.",
+        ),
+    ] = Format.onnx,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Leave the batch axis open; it is 1 otherwise.")
     ] = False,
@@ -55,13 +67,16 @@ def export(
     inputs = tuple(dict.fromkeys(kind.value for kind in reads or Input))
     if input_rate and "waveform" not in inputs:
         raise AumError("--input-rate: is of files that read waveforms; leave it out, or add --input waveform")
+    ort = file_format is Format.ort
     if source.suffix == ".onnx":
         if precision or dynamic_batch or scan != Scan.scan or inputs == ("features",):
             raise AumError(
-                f"{source}: an exported file only gets its front-end inside; --precision, --dynamic-batch, --scan and "
-                "--input features are for the export of a bundle"
+                f"{source}: an exported file only gets its front-end inside, or another format; --precision, "
+                "--dynamic-batch, --scan and --input features are for the export of a bundle"
             )
-        _put_inside(source, folder, input_rate)
+        folder.mkdir(parents=True, exist_ok=True)
+        as_it_is = ort and reads is None and input_rate is None
+        _convert(source if as_it_is else _with_front_end(source, folder, input_rate), folder, ort)
         return
 
     from aum_compress.bundle import read_bundle
@@ -71,18 +86,40 @@ def export(
     bundle = read_bundle(source)
     default = (bundle.card.precision,) if bundle.card.precision in QUANTISED else ("fp32", "fp16")
     precisions = tuple(p.value for p in precision) if precision else default
-    export_bundle(bundle, folder, ExportOptions(precisions, inputs, input_rate, dynamic_batch, scan.value))
+    export_bundle(bundle, folder, ExportOptions(precisions, inputs, input_rate, dynamic_batch, scan.value, ort))
     for name in precisions:
         for kind in inputs:
             say(f"{folder / file_name(name, kind)}  verified")
+            if ort:
+                say(f"{(folder / file_name(name, kind)).with_suffix('.ort')}  equal to it")
+    if ort:
+        _say_operators(folder)
 
 
-def _put_inside(source: Path, folder: Path, input_rate: int | None) -> None:
+def _with_front_end(source: Path, folder: Path, input_rate: int | None) -> Path:
     from aum_compress.export.verify import verify_onnx
     from aum_compress.export.waveform_input import write_waveform_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{source.stem}-waveform.onnx"
     write_waveform_file(source, target, input_rate)
     verify_onnx(target).enforce()
     say(f"{target}  verified")
+    return target
+
+
+def _convert(source: Path, folder: Path, ort: bool) -> None:
+    from aum_compress.export.ort_format import CONFIG, required_operators, write_ort
+
+    if ort:
+        target = (folder / source.name).with_suffix(".ort")
+        write_ort(source, target)
+        (folder / CONFIG).write_text(required_operators([target]), encoding="utf-8")
+        say(f"{target}  equal to {source.name}")
+        _say_operators(folder)
+
+
+def _say_operators(folder: Path) -> None:
+    from aum_compress.export.ort_format import CONFIG, operator_names
+
+    names = operator_names((folder / CONFIG).read_text(encoding="utf-8"))
+    say(f"{folder / CONFIG}  {len(names)} operators: {', '.join(names)}")

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,9 @@ from aum_compress.bundle import (
 from aum_compress.console import log, progress
 from aum_compress.errors import BundleError, VerificationFailed
 from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
+from aum_compress.export.model_card import MODEL_CARD, model_card
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
+from aum_compress.export.ort_format import CONFIG, required_operators, write_ort
 from aum_compress.export.runtime import Classifier
 from aum_compress.export.scan_forms import ScanForm
 from aum_compress.export.verification import Verification
@@ -109,6 +112,8 @@ def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
                 write_waveform_file(target, with_front_end, section.input_rate_hz)
                 files[with_front_end.name] = with_front_end
             reporter.advance(done, len(models))
+        if section.ort:
+            files |= _ort_files(Path(folder), files)
         files[GOLDEN] = golden_file(golden_inputs(space.spec), models)
         files[RECIPE] = dump_recipe(space.recipe).encode()
         card = _card(space, parent, models[gated_precision(section.precisions)].config, inputs_sha256)
@@ -151,6 +156,8 @@ def verify_and_measure(space: Workspace, exported: Bundle, full: Bundle, quantiz
 def publish(space: Workspace, exported: Bundle, report: dict[str, Any], report_files: dict[str, bytes]) -> Bundle:
     """exports/<name>: the files of the export, the reports, and a card with what was measured."""
     kept = {name: exported.path / name for name in exported.card.files}
+    measured = {row["file"]: row["test"]["accuracy"] for row in report["road"] if row["file"]}
+    kept[MODEL_CARD] = model_card([path for name, path in kept.items() if name.endswith(".onnx")], measured).encode()
     card = exported.card.model_copy(
         update={
             "stage": "verify" if space.recipe.verify else "export",
@@ -199,6 +206,17 @@ class ExportOptions:
     """Of the waveform; the front-end's own rate when left out."""
     dynamic_batch: bool = False
     scan: ScanForm = "scan"
+    ort: bool = False
+    """Each file in ORT format too, and the operators of a reduced build."""
+
+
+def _ort_files(folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
+    """ORT format of the .onnx files among `files`, written to `folder`, and the configuration of a build for them."""
+    written = []
+    for name in (name for name in files if name.endswith(".onnx")):
+        written.append((folder / name).with_suffix(".ort"))
+        write_ort(folder / name, written[-1])
+    return {path.name: path for path in written} | {CONFIG: required_operators(written).encode()}
 
 
 def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundle:
@@ -235,6 +253,9 @@ def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundl
             for reads in options.inputs:
                 verify_onnx(targets[reads], Reference(model, card.labels, card.input)).enforce()
                 files[targets[reads].name] = targets[reads]
+        if options.ort:
+            files |= _ort_files(Path(beside), files)
+        files[MODEL_CARD] = model_card([path for name, path in files.items() if name.endswith(".onnx")]).encode()
         exported = card.model_copy(
             update={
                 "kind": "onnx",

@@ -1,6 +1,7 @@
 """Every verb of the command line: results on stdout, logs on stderr, exit codes, JSON keys."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -279,11 +280,27 @@ def test_front_end_is_put_into_an_exported_file(exports, tmp_path):
     assert "reads waveform already" in message("export", exports / "model-int8-waveform.onnx", "--to", to)
 
 
+def test_export_in_the_format_of_onnxruntime(runs, exports, tmp_path):
+    to = tmp_path / "new"
+    text = answer("export", runs / "06-quantize", "--to", to, "--format", "ort")
+    assert f"{to / 'model-int8-waveform.ort'}  equal to it\n" in text
+    assert re.search(r"required_operators\.config  \d\d operators: A", text)
+    card = read_bundle(to).card
+    assert {"model-int8.ort", "model-int8-waveform.ort", "required_operators.config", "MODEL_CARD.md"} <= set(
+        card.files
+    )
+    alone = tmp_path / "alone"
+    text = answer("export", exports / "model-int8.onnx", "--to", alone, "--format", "ort")
+    assert text.startswith(f"{alone / 'model-int8.ort'}  equal to model-int8.onnx\n")
+    assert sorted(path.name for path in alone.iterdir()) == ["model-int8.ort", "required_operators.config"]
+
+
 def test_export_never_replaces_a_folder_of_other_things(runs, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("three years")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("aum_compress.publish.export_onnx", _write_nothing)
     monkeypatch.setattr("aum_compress.publish.write_waveform_file", _write_nothing)
+    monkeypatch.setattr("aum_compress.publish.model_card", lambda files: "")
     monkeypatch.setattr("aum_compress.publish.verify_onnx", lambda path, reference: _Passed())
     for to in (".", tmp_path, tmp_path / "thesis.txt"):
         assert "holds something other than a bundle" in message("export", runs / "06-quantize", "--to", to)

@@ -3,6 +3,7 @@
 Pages about one part of the tool, such as budgets.md, are tested beside it.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -52,7 +53,7 @@ def place(finished, tmp_path, monkeypatch, cache_of_finished) -> Path:
 
 
 @pytest.mark.parametrize(
-    "page", ["sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation"]
+    "page", ["export", "sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation"]
 )
 def test_a_page_can_be_followed_from_top_to_bottom(page, place, monkeypatch, capsys):
     """Files are written, code is executed and commands are run as they stand there, one behind the other."""
@@ -92,6 +93,17 @@ def test_every_section_and_key_is_among_them():
     result = command("recipes", "keys", "distil")
     assert result.exit_code == 2
     assert "no such section; there are data, features" in result.stderr
+
+
+def test_the_page_of_exports_has_the_measured_times_of_the_front_end():
+    measured = json.loads((DOCS.parent / "benchmarks" / "front_end.json").read_text())["one_second"]
+    dcase, edge = measured.values()
+    rows = [
+        f"| {name} | {row['median_ms']:.2f} ms | {edge[name]['median_ms']:.2f} ms | {row['file_bytes']:,} |"
+        for name, row in dcase.items()
+    ]
+    assert "\n".join(rows) in (DOCS / "export.md").read_text(encoding="utf-8")
+    assert dcase["two steps, bands (shipped)"]["median_share_of_stft"] < 0.5
 
 
 def test_places_of_a_mixer_are_there_and_know_the_two_that_were_added():

@@ -56,7 +56,15 @@ def test_the_road_ends_with_three_files_and_a_report(finished):
     names = {path.name for path in exports.iterdir()}
     precisions = ("fp32", "fp16", "int8")
     models = {f"model-{precision}{reads}.onnx" for precision in precisions for reads in ("", "-waveform")}
-    assert names >= models | {"report.json", "report.md", "report.html", "bundle.json", "golden.npz", "recipe.yaml"}
+    assert names >= models | {
+        "report.json",
+        "report.md",
+        "report.html",
+        "bundle.json",
+        "golden.npz",
+        "recipe.yaml",
+        "MODEL_CARD.md",
+    }
     report = json.loads((exports / "report.json").read_text())
     assert [row["stage"] for row in report["road"]] == [
         *("reference", "teacher", "distill", "prune", "quantize", "fp32", "fp16", "int8")

@@ -134,7 +134,8 @@ def test_small_files_say_nearly_what_the_large_one_says(precision, classifier, t
     [
         (np.zeros(8000, dtype=np.int16), r"type int16: wanted float .*divide 16-bit integers by 32768"),
         (np.zeros((2, 2, 8)), r"samples of shape \(2, 2, 8\)"),
-        (np.zeros(0), r"samples of shape \(0,\)"),
+        (np.zeros((2, 0)), r"samples of shape \(2, 0\)"),
+        (np.zeros(0), "no samples: wanted at least one"),
         (np.array([0.0, np.nan, np.inf]), "2 of 3 samples are NaN or infinite"),
     ],
 )

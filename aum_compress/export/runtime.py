@@ -16,7 +16,7 @@ from aum_compress.audio.front_ends import features
 from aum_compress.errors import DataError, ModelFileError
 from aum_compress.export.metadata import FEATURES, OnnxMetadata
 
-_SHORTEST_REST = 0.1
+SHORTEST_REST = 0.1
 """Share of a window below which the end of a recording is left out."""
 _LOAD_ERRORS = (
     ort_errors.Fail,
@@ -187,8 +187,11 @@ class Classifier:
         """Class names in the order of the outputs."""
         return self.metadata.labels
 
-    def classify_file(self, path: Path | str) -> Prediction:
+    def classify_file(self, path: Path | str, *, hop_seconds: float | None = None) -> Prediction:
         """Any file that libsndfile reads, at any rate and channel count. One window is in memory at a time.
+
+        Args:
+            hop_seconds: from the beginning of one window to the next; a window's length when left out.
 
         Raises:
             DataError: a file that cannot be read, named.
@@ -196,36 +199,39 @@ class Classifier:
         from aum_compress.audio.reading import audio_info, read_audio
 
         rate, window = self.metadata.waveform_rate_hz, self.metadata.clip_seconds
-        starts = window_starts(audio_info(path).seconds, window)
+        starts = window_starts(audio_info(path).seconds, window, hop_seconds)
         clips = (read_audio(path, rate, start_seconds=start, duration_seconds=window) for start in starts)
         return self._predict(starts, clips)
 
-    def classify_samples(self, samples: np.ndarray, sample_rate_hz: int) -> Prediction:
+    def classify_samples(
+        self, samples: np.ndarray, sample_rate_hz: int, *, hop_seconds: float | None = None
+    ) -> Prediction:
         """A recording in memory.
 
         Args:
             samples: (S,), or (S,channels) whose mean is taken; float, full scale = 1.
+            hop_seconds: as in `classify_file`.
 
         Raises:
             DataError: another shape or type, no samples, NaN or infinity among them.
         """
         from aum_compress.audio.resample import resample
 
-        samples = np.asarray(samples)
-        if samples.ndim not in (1, 2) or samples.size == 0 or not np.issubdtype(samples.dtype, np.floating):
-            raise DataError(
-                f"samples of shape {samples.shape}, type {samples.dtype}: wanted float (S,) or (S,channels) of "
-                "full scale 1; divide 16-bit integers by 32768"
-            )
-        if not np.isfinite(samples).all():
-            raise DataError(f"{int((~np.isfinite(samples)).sum())} of {samples.size} samples are NaN or infinite")
-        mono = samples if samples.ndim == 1 else samples.mean(1)
+        mono = mono_samples(samples)
+        if not mono.size:
+            raise DataError("no samples: wanted at least one; record again")
         rate = self.metadata.waveform_rate_hz
         mono = resample(mono, sample_rate_hz, rate)
-        starts = window_starts(len(mono) / rate, self.metadata.clip_seconds)
+        starts = window_starts(len(mono) / rate, self.metadata.clip_seconds, hop_seconds)
         firsts = [round(start * rate) for start in starts]
         clips = (mono[first : first + self.metadata.waveform_samples] for first in firsts)
         return self._predict(starts, clips)
+
+    def classify_window(self, mono: np.ndarray, sample_rate_hz: int, start_seconds: float) -> Prediction:
+        """One window (S,) of a recording that begins `start_seconds` after it."""
+        from aum_compress.audio.resample import resample
+
+        return self._predict([start_seconds], [resample(mono, sample_rate_hz, self.metadata.waveform_rate_hz)])
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
         """What the file reads, features (B,1,F,T) or waveforms (B,S), to logits (B,C), float32.
@@ -246,13 +252,47 @@ class Classifier:
         return Prediction(self.labels, tuple(starts), _log_softmax(logits))
 
 
-def window_starts(seconds: float, window: float) -> list[float]:
-    """Begin of each window of a recording, in seconds."""
-    whole = int(seconds / window + 1e-6)
-    starts = [k * window for k in range(max(1, whole))]
-    if whole and seconds - whole * window >= _SHORTEST_REST * window:
+def mono_samples(samples: np.ndarray) -> np.ndarray:
+    """(S,) float32: the mean of the channels of (S,) or (S,channels).
+
+    Raises:
+        DataError: another shape or type, NaN or infinity among them.
+    """
+    samples = np.asarray(samples)
+    if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or not np.issubdtype(samples.dtype, np.floating):
+        raise DataError(
+            f"samples of shape {samples.shape}, type {samples.dtype}: wanted float (S,) or (S,channels) of "
+            "full scale 1; divide 16-bit integers by 32768"
+        )
+    if not np.isfinite(samples).all():
+        raise DataError(
+            f"{int((~np.isfinite(samples)).sum())} of {samples.size} samples are NaN or infinite: all must be finite"
+        )
+    return (samples if samples.ndim == 1 else samples.mean(1)).astype(np.float32, copy=False)
+
+
+def window_starts(seconds: float, window: float, hop: float | None = None) -> list[float]:
+    """Begin of each window of a recording, in seconds.
+
+    Raises:
+        DataError: a hop that is not above zero.
+    """
+    hop = check_hop(hop, window)
+    if seconds < window * (1 - 1e-6):
+        return [0.0]
+    starts = [k * hop for k in range(int((seconds - window) / hop + 1e-6) + 1)]
+    if seconds - (starts[-1] + window) >= SHORTEST_REST * window:
         starts.append(seconds - window)
     return starts
+
+
+def check_hop(hop: float | None, window: float) -> float:
+    """`hop`, or `window` where it is None, in seconds. Raises DataError unless it is above zero."""
+    if hop is None:
+        return window
+    if not 0 < hop < np.inf:
+        raise DataError(f"a hop of {hop} s between windows: wanted a number of seconds above zero")
+    return hop
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
