@@ -77,6 +77,13 @@ class BundleCard(BaseModel):
 
     _reads_names = field_validator("quantized_layers", mode="before")(as_storages)
 
+    @field_validator("files")
+    @classmethod
+    def _lie_in_the_folder(cls, files: dict[str, str]) -> dict[str, str]:
+        if outside := [name for name in files if name in ("", ".", "..") or "/" in name or "\\" in name]:
+            raise ValueError(f"files: {outside[0]!r} leads out of the bundle's folder; wanted plain names")
+        return files
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -207,8 +214,8 @@ def run_of_bundle(bundle: Path) -> tuple[Path, Path]:
         BundleError: a bundle that lies in neither runs/<recipe>/ nor exports/.
     """
     place = bundle.resolve()
-    above = {"runs": place.parent.parent, "exports": place.parent}
-    for name, folder in above.items():
+    runs = next((folder for folder in place.parents if folder.name == "runs"), place)
+    for name, folder in {"runs": runs, "exports": place.parent}.items():
         if folder.name == name and (place / RECIPE).is_file():
             return place / RECIPE, folder.parent
     raise BundleError(

@@ -19,6 +19,7 @@ from aum_compress.cli_doctor import doctor
 from aum_compress.cli_evaluate import evaluate
 from aum_compress.cli_export import export
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
+from aum_compress.cli_package import package
 from aum_compress.cli_predict import predict
 from aum_compress.cli_prune import add_prune
 from aum_compress.cli_quantize import add_quantize
@@ -161,6 +162,7 @@ def verify(
 
 
 app.command()(evaluate)
+app.command()(package)
 
 
 app.command()(predict)

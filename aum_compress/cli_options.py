@@ -25,6 +25,7 @@ class StageName(StrEnum):
     distill = "distill"
     prune = "prune"
     quantize = "quantize"
+    devices = "devices"
     budget = "budget"
     export = "export"
     verify = "verify"

@@ -13,6 +13,14 @@ from aum_compress.budget.records import BudgetReport, enforce
 from aum_compress.bundle import Bundle, machine, now, tool_versions
 from aum_compress.compress.layer_signal import layer_signal
 from aum_compress.console import log, only_errors_of
+from aum_compress.devices import (
+    device_models,
+    device_names,
+    device_report,
+    enforce_device_budgets,
+    publish_pack,
+    ships_quantised,
+)
 from aum_compress.errors import AumError, RecipeError
 from aum_compress.export.onnx_writer import fold_if_needed
 from aum_compress.models.config import AudioMambaConfig, ModelConfig
@@ -26,7 +34,19 @@ from aum_compress.teaching import check_teacher_files, find_teachers
 from aum_compress.train.distributed import FirstProcessFailed, join
 from aum_compress.workspace import Workspace
 
-STAGES = ("data", "reference", "teacher", "student", "distill", "prune", "quantize", "budget", "export", "verify")
+STAGES = (
+    "data",
+    "reference",
+    "teacher",
+    "student",
+    "distill",
+    "prune",
+    "quantize",
+    "devices",
+    "budget",
+    "export",
+    "verify",
+)
 
 
 STEPS = {"distill": "distilled", "prune": "pruned", "quantize": "quantised"}
@@ -95,7 +115,8 @@ def _acquire(lock: FileLock) -> None:
 def _trainings(recipe: Recipe, wanted: Sequence[str]) -> list[TrainConfig]:
     """Of the stages up to the last one wanted."""
     sections = [(name, getattr(recipe, name)) for name in wanted if name not in ("data", "verify")]
-    found = [getattr(section, "finetune" if name == "prune" else "train", None) for name, section in sections]
+    keys = {"prune": "finetune", "devices": "finetune"}
+    found = [getattr(section, keys.get(name, "train"), None) for name, section in sections]
     return [config for config in found if config is not None]
 
 
@@ -103,8 +124,10 @@ def _run(space: Workspace, wanted: Sequence[str]) -> Outcome | None:
     space.prepare()
     log(f"data: {_data_line(space)}")
     space.ranks.first(lambda: _require_models(space))
-    bundles = _trained(space, wanted)
-    return space.ranks.first(lambda: _finished(space, wanted, bundles))
+    if space.recipe.devices and "devices" in wanted:
+        space.ranks.first(lambda: device_names(space))  # what is wrong with them is said before hours of training
+    bundles, devices = _trained(space, wanted)
+    return space.ranks.first(lambda: _finished(space, wanted, bundles, devices))
 
 
 def _require_models(space: Workspace) -> None:
@@ -116,8 +139,8 @@ def _require_models(space: Workspace) -> None:
     check_pruning(space)
 
 
-def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:
-    """The stages that make models; by name, in their order."""
+def _trained(space: Workspace, wanted: Sequence[str]) -> tuple[dict[str, Bundle], dict[str, Bundle]]:
+    """The stages that make models, by name, in their order; and the models of devices."""
     recipe = space.recipe
     bundles: dict[str, Bundle] = {}
     for name in ("reference", "teacher", "student"):
@@ -135,28 +158,41 @@ def _trained(space: Workspace, wanted: Sequence[str]) -> dict[str, Bundle]:
     for name, step in steps.items():
         if name in wanted and getattr(recipe, name) is not None:
             newest = bundles[name] = step(newest)
-    return bundles
+    full = _last_float(bundles)
+    devices = device_models(space, full, teachers) if "devices" in wanted and recipe.devices else {}
+    return bundles, devices
 
 
-def _finished(space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle]) -> Outcome:
+def _last_float(bundles: dict[str, Bundle]) -> Bundle | None:
+    floats = [bundles[name] for name in ("student", "distill", "prune") if name in bundles]
+    return floats[-1] if floats else None
+
+
+def _finished(
+    space: Workspace, wanted: Sequence[str], bundles: dict[str, Bundle], devices: dict[str, Bundle]
+) -> Outcome:
     """What follows from the models, on the first process: budget, export, verification, report."""
     recipe = space.recipe
-    floats = [bundles[name] for name in ("student", "distill", "prune") if name in bundles]
-    full, quantized = floats[-1] if floats else None, bundles.get("quantize")
+    full, quantized = _last_float(bundles), bundles.get("quantize")
     newest = quantized or full
     if newest is None or "budget" not in wanted:
         return _report_without_export(space, bundles)
 
     if recipe.budget:
         enforce(shipped_budget(space, newest))
+        if devices:
+            enforce_device_budgets({name: shipped_budget(space, bundle) for name, bundle in devices.items()})
     if not recipe.export or "export" not in wanted:
         return _report_without_export(space, bundles)
     exported = export(space, full, quantized)
     if wanted[-1] == "export":
         return _report_without_export(space, bundles)
-    if (report := published(space, exported)) is None:
+    general = quantized if ships_quantised(recipe) else full
+    pack = publish_pack(space, general, devices) if devices else None
+    report = published(space, exported)
+    if report is None or report.get("devices") != device_report(pack):
         shipped = verify_and_measure(space, exported, full, quantized)
-        report = build_report(space, bundles, shipped)
+        report = build_report(space, bundles, shipped) | {"devices": device_report(pack)}
         publish(space, exported, report, report_files(report))
         log(f"wrote {space.exports}")
     _write_report(space, report)  # over the one of an earlier run that stopped before

@@ -14,9 +14,11 @@ def misfits(recipe: Any) -> list[str]:
         clip = recipe.features.clip_samples(recipe.data.clip_seconds)
         problems.append(f"features.window_samples: {recipe.features.window_samples}, but a clip has {clip} samples")
     from_teacher = recipe.prune is not None and recipe.prune.start == "teacher"
-    needing = recipe.distill or recipe.prune or recipe.quantize or recipe.export
+    needing = recipe.distill or recipe.prune or recipe.quantize or recipe.devices or recipe.export
     if recipe.student is None and needing and not from_teacher:
-        problems.append("student: needed by distill, prune, quantize and export")
+        problems.append("student: needed by distill, prune, quantize, devices and export")
+    if recipe.devices and recipe.data.kind == "folders":
+        problems.append("devices: class folders do not say which device recorded; wanted data in TAU's layout")
     if from_teacher and recipe.teacher is None:
         problems.append("prune.start: teacher, but the recipe has no section teacher")
     if from_teacher and (recipe.student or recipe.distill):
@@ -34,6 +36,7 @@ def misfits(recipe: Any) -> list[str]:
             "distill.train": recipe.distill and recipe.distill.train,
             "prune.finetune": recipe.prune and recipe.prune.finetune,
             "quantize.train": recipe.quantize and recipe.quantize.train,
+            "devices.finetune": recipe.devices and recipe.devices.finetune,
         }
         problems += [
             f"{place}.label_smoothing: has no part in the distillation loss, whose targets are soft; leave it out"

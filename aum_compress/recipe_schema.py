@@ -26,7 +26,7 @@ from aum_compress.models.config import (
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 from aum_compress.models.storage import WEIGHT_BITS, QuantisedPrecision, WeightStorage
 from aum_compress.recipe_checks import NO_BLOCKS, misfits
-from aum_compress.recipe_train import NonNegative, Positive, PositiveFloat, Section, TrainConfig
+from aum_compress.recipe_train import DeviceTrainConfig, NonNegative, Positive, PositiveFloat, Section, TrainConfig
 
 Preset = Literal["aum-tiny", "aum-small", "aum-base", "student", "student-int8", "student-fp16", "cp-mobile"]
 
@@ -266,6 +266,17 @@ class QuantizeSection(Section):
         return {(8,): "int8", (4,): "int4"}.get(tuple(bits), "mixed")
 
 
+class DevicesSection(Section):
+    """The student fine-tuned for each recording device of training, from its last float model, and quantised again.
+
+    With the loss of `distill` where the recipe has that section.
+    """
+
+    names: tuple[str, ...] = ()
+    """Devices to make a model for; all of training when left out. Every other device has the general model."""
+    finetune: DeviceTrainConfig = DeviceTrainConfig()
+
+
 class BudgetSection(Section):
     """Limits of what ships; a model over one of them ends the run with exit code 3, before export."""
 
@@ -322,6 +333,8 @@ class Recipe(Section):
     distill: DistillSection | None = None
     prune: PruneSection | None = None
     quantize: QuantizeSection | None = None
+    devices: DevicesSection | None = None
+    """A model for each recording device, beside the general one (docs/dcase.md)."""
     budget: BudgetSection | None = None
     export: ExportSection | None = None
     verify: VerifySection | None = None
@@ -345,4 +358,6 @@ class Recipe(Section):
         found = {place: section.train for place, section in models.items() if section and section.train}
         if self.prune:
             found["prune.finetune"] = self.prune.finetune
-        return found | ({"quantize.train": self.quantize.train} if self.quantize and self.quantize.train else {})
+        if self.quantize and self.quantize.train:
+            found["quantize.train"] = self.quantize.train
+        return found | ({"devices.finetune": self.devices.finetune} if self.devices else {})

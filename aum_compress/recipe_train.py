@@ -105,3 +105,10 @@ class TrainConfig(Section):
                 f"weight_average: needs all weights in each process, and strategy {self.strategy} cuts them up; use ddp"
             )
         return self
+
+
+class DeviceTrainConfig(TrainConfig):
+    """Training of one device's model, with the defaults of the DCASE 2025 baseline's."""
+
+    epochs: Positive = 50
+    learning_rate: PositiveFloat = 5e-4

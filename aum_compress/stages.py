@@ -1,5 +1,6 @@
-"""The stages that make models: reference, teacher, student, distill, quantize (`pruning` has its own)."""
+"""The stages that make models: reference, teacher, student, distill, quantize, devices (`pruning` has its own)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from aum_compress.recipe_schema import ModelSection, TrainConfig
 from aum_compress.teaching import Teacher, teacher_targets
 from aum_compress.train.distributed import ALONE
 from aum_compress.train.fit import FitResult, fit
+from aum_compress.train.predict import predict_logits
 from aum_compress.workspace import Made, Workspace
 
 JUDGED_CLIPS = 512
@@ -108,6 +110,37 @@ def quantise(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundl
             "responses": space.responses_sha256(section.train),
         }
     return space.stage("quantize", parent, reads, make, workers)
+
+
+def fine_tune(space: Workspace, parent: Bundle, teachers: list[Teacher], logits: Callable[[], Tensor]) -> Bundle:
+    """Stage `devices`, the training: the general student goes on with the clips of one device, whose `space` this is.
+
+    Args:
+        logits: gives those of the teachers (K,n,C) for the training clips of all devices; asked only where there are
+            teachers and something is to be trained.
+    """
+    section = space.recipe.devices
+    workers = space.workers(section.finetune)
+
+    def make(work_dir: Path) -> Made:
+        model = parent.load_model()
+        before = space.validation_accuracy(predict_logits(model, space.parts.validation, space.spec))
+        own = None
+        if teachers:
+            place = {clip.clip_id: row for row, clip in enumerate(space.general.parts.train.clips)}
+            own = logits()[:, [place[clip.clip_id] for clip in space.parts.train.clips]]
+        made = made_by(model, fit_stage(space, model, section.finetune, work_dir, f"devices: {space.device}", own))
+        return Made(made.model, made.metrics | {"general_validation_accuracy": before}, made.notes)
+
+    distillation = space.recipe.distillation
+    reads = {
+        "section": section.model_dump(mode="json", exclude={"names"}),
+        "device": space.device,
+        "distill": distillation.model_dump(mode="json", exclude={"train"}) if distillation else None,
+        "teachers": [t.sha256 for t in teachers],
+        "responses": space.responses_sha256(section.finetune),
+    }
+    return space.stage("devices", parent, reads, make, workers)
 
 
 def resolve(space: Workspace, section: ModelSection) -> AudioMambaConfig | CPMobileConfig:

@@ -1,10 +1,11 @@
 """What all stages of one run share: folders, prepared data, and the rule by which a stage is run or skipped."""
 
+import os
 import shutil
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from aum_compress.models.quantized import quantized_layers, stored_tensors
 from aum_compress.recipe import dump_recipe
 from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.train.distributed import ALONE, Ranks, is_shared
-from aum_compress.train.metrics import classification_metrics
+from aum_compress.train.metrics import classification_metrics, macro_accuracy
 from aum_compress.train.predict import predict_logits
 
 FOLDERS = {
@@ -51,8 +52,11 @@ FOLDERS = {
     "prune": "05-prune",
     "quantize": "06-quantize",
     "export": "07-export",
+    "devices": "08-devices",
 }
-"""Stage -> folder of its bundle below runs/<recipe>/."""
+"""Stage -> folder of its bundle below runs/<recipe>/; that of `devices` has a folder for each device."""
+DEVICE_FOLDERS = {"devices": "01-finetune", "quantize": "02-quantize"}
+"""Stage -> folder of its bundle below a device's folder."""
 
 LATEST_SIGHT_SECONDS = 60
 
@@ -65,10 +69,24 @@ class Workspace:
     out: Path
     ranks: Ranks = ALONE
     """The processes that walk the stages together."""
+    general: "Workspace | None" = None
+    """Of a device's workspace, the one that it is a part of."""
+    device: str = ""
+
+    def for_device(self, device: str) -> "Workspace":
+        """The same recipe on the clips of one device alone, in a folder of its own. Their features are normalised as
+        those of all devices, as the model that it starts from is used to."""
+        return Workspace(self.recipe, self.out, self.ranks, self, device)
 
     @property
     def runs(self) -> Path:
+        if self.general is not None:
+            return self.general.runs / FOLDERS["devices"] / self.device
         return self.out / "runs" / self.recipe.name
+
+    def folder(self, stage: str) -> Path:
+        """Where the bundle of a stage lies."""
+        return self.runs / (FOLDERS if self.general is None else DEVICE_FOLDERS)[stage]
 
     @property
     def exports(self) -> Path:
@@ -83,12 +101,12 @@ class Workspace:
     @cached_property
     def parts(self) -> CachedParts:
         """The data set as log-mel features; every file has been read, and bad ones have been named."""
-        return self._cache("logmel")
+        return self._cache("logmel") if self.general is None else _of_device(self.general.parts, self.device)
 
     @cached_property
     def waveforms(self) -> CachedParts:
         """The same clips as waveforms, for augmentation that needs them."""
-        return self._cache("waveform")
+        return self._cache("waveform") if self.general is None else _of_device(self.general.waveforms, self.device)
 
     def _cache(self, what: str) -> CachedParts:
         recipe = self.recipe
@@ -106,6 +124,8 @@ class Workspace:
     @cached_property
     def spec(self) -> InputSpec:
         """Front-end, clip length and the training part's normalisation."""
+        if self.general is not None:
+            return self.general.spec
         mean, std = feature_statistics(self.parts.train)
         return InputSpec(
             front_end=self.recipe.features,
@@ -204,6 +224,14 @@ class Workspace:
         devices = [clip.device for clip in clips]
         return classification_metrics(logits, targets, self.labels, devices, self.parts.index.seen_devices)
 
+    def validation_accuracy(self, logits: np.ndarray) -> float | None:
+        """Of (n,C) logits of the validation part, mean over its classes, in percent; None where it has no clips."""
+        clips = self.parts.validation.clips
+        if not clips:
+            return None
+        targets = np.array([self.labels.index(clip.label) for clip in clips])
+        return macro_accuracy(logits.argmax(1) == targets, targets)
+
     def stage(
         self,
         name: str,
@@ -220,7 +248,7 @@ class Workspace:
             workers: who calls `make`: all processes, or the first one while the others wait. It alone writes.
         """
         inputs_sha256 = self.inputs_sha256(name, reads | {"parent": parent.sha256 if parent else None})
-        path = self.runs / FOLDERS[name]
+        path = self.folder(name)
         bundle = self.ranks.first(lambda: find_bundle(path, inputs_sha256))
         if self.ranks.agree(bundle is not None):
             log(f"{name}: nothing has changed, kept {path}")
@@ -267,14 +295,14 @@ class Workspace:
         self, name: str, path: Path, parent: Bundle | None, inputs_sha256: str, made: "Made", logits: np.ndarray
     ) -> Bundle:
         model = made.model
-        metrics = {"test": self.measure(logits), **made.metrics}
+        metrics = {"test": self.measure(logits) if len(logits) else {"clips": 0}, **made.metrics}
         files = model_files(model, golden_inputs(self.spec), half=made.precision != "fp32")
         card = BundleCard(
             kind="model",
             stage=name,
             recipe=self.recipe.name,
             inputs_sha256=inputs_sha256,
-            parent=ParentRef(path=f"../{parent.path.name}", sha256=parent.sha256) if parent else None,
+            parent=ParentRef(path=os.path.relpath(parent.path, path), sha256=parent.sha256) if parent else None,
             model=model.config,
             input=self.spec,
             labels=self.labels,
@@ -294,6 +322,16 @@ class Workspace:
     def budget(self, model: Model, *, half: bool) -> BudgetReport:
         """Cost of the model as it would be stored, against this recipe's limits."""
         return check_model(model, self.spec, stored_tensors(model, half=half), self.limits)
+
+
+def _of_device(parts: CachedParts, device: str) -> CachedParts:
+    """A device's clips of each part; some classes, or a whole part, may be without one."""
+    chosen = {
+        name: tuple(clip for clip in getattr(parts.index, name) if clip.device == device)
+        for name in ("train", "validation", "test")
+    }
+    cached = {name: getattr(parts, name).only(clips) for name, clips in chosen.items()}
+    return CachedParts(replace(parts.index, **chosen), **cached)
 
 
 @dataclass(frozen=True)

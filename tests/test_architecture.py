@@ -17,12 +17,12 @@ import aum_compress
 PACKAGE = Path(aum_compress.__file__).parent
 ORDER: tuple[set[str], ...] = (
     {"errors"},
-    {"audio", "kernels"},
+    {"audio", "kernels", "device_names"},
     {"models"},
     {"data"},
     {"recipe_checks", "recipe_train"},
     {"bundle", "recipe_schema", "console"},  # top-level files that what follows builds on
-    {"budget"},
+    {"budget", "packs"},
     {"train", "compress", "export"},
     {"report"},
     {"recipe"},
@@ -31,12 +31,13 @@ ORDER: tuple[set[str], ...] = (
     {"stages", "publish", "evaluate", "verifying", "benching", "comparing"},
     {"pruning"},
     {"prune_sensitivity"},
+    {"submission", "devices"},
     {"pipeline"},
     {"sweep", "doctor"},
     {"cli_options"},
     {
         *("cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_predict"),
-        *("cli_prune", "cli_quantize", "cli_report", "cli_sweep"),
+        *("cli_package", "cli_prune", "cli_quantize", "cli_report", "cli_sweep"),
     },
     {"cli"},
 )

@@ -150,3 +150,12 @@ def test_missing_tensors_are_said_so(bundle, tmp_path):
 
 def test_hash_of_json_does_not_depend_on_key_order():
     assert json_sha256({"a": 1, "b": [2]}) == json_sha256(json.loads('{"b": [2], "a": 1}'))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", "..", "", "a\\b"])
+def test_files_that_a_card_names_lie_in_its_folder(bundle, name):
+    content = json.loads((bundle.path / "bundle.json").read_text())
+    content["files"][name] = "0" * 64
+    (bundle.path / "bundle.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="leads out of the bundle's folder"):
+        read_bundle(bundle.path)

@@ -48,12 +48,13 @@ def place(finished, tmp_path, monkeypatch, cache_of_finished) -> Path:
     shutil.copytree(finished.out / "runs" / "tiny", tmp_path / "runs" / "quickstart")
     shutil.copytree(finished.out / "exports" / "tiny", tmp_path / "exports" / "quickstart")
     write_class_folders(tmp_path / "recordings")
+    shutil.copytree(finished.tree, tmp_path / "tau-2022-mobile")
     shutil.copy(next((finished.tree / "audio").iterdir()), tmp_path / "street.wav")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    "page", ["export", "sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation"]
+    "page", ["dcase", "export", "sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation"]
 )
 def test_a_page_can_be_followed_from_top_to_bottom(page, place, monkeypatch, capsys):
     """Files are written, code is executed and commands are run as they stand there, one behind the other."""

@@ -240,6 +240,15 @@ def test_compare_two_models_on_the_same_clips(runs, exports, recipe):
     assert "bootstrap over recordings of the paired difference" in text
 
 
+def test_a_file_with_the_front_end_inside_hears_the_clips_themselves(exports, recipe):
+    found = [
+        record("evaluate", exports / name, "--data", recipe, "--draws", 0)
+        for name in ("model-fp32.onnx", "model-fp32-waveform.onnx")
+    ]
+    assert found[0]["log_loss"] == pytest.approx(found[1]["log_loss"], abs=1e-3)
+    assert [one["measured_with"] for one in found] == ["onnxruntime"] * 2
+
+
 def test_a_model_does_not_differ_from_itself(exports, recipe):
     found = record("evaluate", exports, "--compare", exports, "--data", recipe, "--draws", 50)
     assert found["mcnemar_p"] == 1

@@ -6,6 +6,7 @@ for Mamba they are 3 to 17 times too low. Its bytes leave out buffers, so int8 w
 packed, count as nothing.
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -40,6 +41,16 @@ def dcase_bytes(model: nn.Module, stored: Mapping[str, Tensor]) -> int:
         parameter.numel() * stored[name].element_size() if name in stored else parameter.nbytes
         for name, parameter in model.named_parameters()
     )
+
+
+def submission_complexity(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, int]:
+    """MACs and bytes that DCASE's script prints for one device's model of a submission, as it stands.
+
+    Args: input_size: of what the model reads for one clip, the batch axis included.
+    """
+    twin = copy.deepcopy(model).float()
+    macs = torchinfo.summary(twin, input_size=input_size, verbose=0).total_mult_adds
+    return macs, sum(parameter.nbytes for parameter in model.parameters())
 
 
 def dcase_notes(model: nn.Module, param_bytes: int, printed_bytes: int, printed_macs: int | None) -> list[str]:

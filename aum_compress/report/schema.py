@@ -185,6 +185,34 @@ class Quantisation(TypedDict):
     search: Search | None
 
 
+class DeviceModel(TypedDict):
+    """A device with a model of its own; what it gains is None where the test part has no clips of it."""
+
+    device: str
+    training_clips: int
+    test_clips: int
+    param_bytes: int
+    macs: int
+    within_budget: bool
+    general_accuracy: float | None
+    accuracy: float | None
+    gain: float | None
+    """In percentage points."""
+    general_validation_accuracy: float | None
+    validation_accuracy: float | None
+
+
+class DevicePack(TypedDict):
+    """A model for each device, and the general one for all others, measured in onnxruntime."""
+
+    pack: str
+    """Folder beside that of the report."""
+    precision: str
+    models: list[DeviceModel]
+    test: dict[Literal["pack", "general"], dict[str, Any]]
+    """Of all test clips: each by its device's model, and all by the general one."""
+
+
 class Report(TypedDict):
     """One run of a recipe, to its end or up to some stage."""
 
@@ -207,6 +235,7 @@ class Report(TypedDict):
     """By training run."""
     pruning: list[PruningStep] | None
     quantisation: NotRequired[Quantisation | None]
+    devices: NotRequired[DevicePack | None]
     signal: NotRequired[list[LayerSignal] | None]
     """Of the quantised model; None where nothing was quantised."""
     machine: NotRequired[str]

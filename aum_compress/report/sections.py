@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from aum_compress.report.confusion import confusion_section
 from aum_compress.report.content import Cell, Section, Table, figure, names, numbers, percent, portion, share
+from aum_compress.report.pack import pack_section
 from aum_compress.report.published import PublishedSystem, published_for
 from aum_compress.report.quantisation import quantisation_section
 from aum_compress.report.schema import FileCheck, Layer, Report, RoadStep
@@ -20,7 +21,7 @@ MEASURE = "Accuracy: % of test clips, mean over classes."
 def sections(report: Report) -> list[Section]:
     """All that there is to say; a part without figures (no devices, nothing trained, nothing verified) is left out."""
     made = (
-        *(_road, _trade_off, _budget, _layers, _devices, _classes, _confusion, _training, _pruning),
+        *(_road, _trade_off, _budget, _layers, _devices, pack_section, _classes, _confusion, _training, _pruning),
         *(quantisation_section, signal_section, _verification, _provenance),
     )
     return [section for make in made if (section := make(report)) is not None]

@@ -10,6 +10,7 @@ from rich.text import Text
 from aum_compress.console import out, say
 from aum_compress.report.comparison import Comparison, comparison_verdict
 from aum_compress.report.content import Cell, figure, names, numbers
+from aum_compress.report.pack import pack_lines
 from aum_compress.report.schema import Report
 from aum_compress.report.verdict import checks_passed, exported, step_budget, verdict, verified_cell
 
@@ -55,6 +56,7 @@ def summary_lines(report: Report) -> list[str]:
     if report["road"]:
         devices = "; seen, unseen: devices in training and not" if report["data"]["seen_devices"] else ""
         lines.insert(0, f"accuracy: % of {report['data']['test']:,} test clips, mean over classes{devices}")
+    lines += pack_lines(report)
     return [*lines, "", f"next: {report['next']}"] if report["next"] else lines
 
 
