@@ -1,5 +1,9 @@
 """The arithmetic of integers: grids, packing, rounding, and gradients that pass it."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +22,7 @@ from aum_compress.models.fake_quantized import (
 )
 from aum_compress.models.quantized import dequantize_weight, pack_int4, quantize_dequantize, unpack_int4
 
+ROOT = Path(__file__).parent.parent
 TOPS = st.sampled_from((7, 63, 127))
 FEW = settings(max_examples=40, deadline=None)
 finite = st.floats(-1e3, 1e3, width=32)
@@ -163,3 +168,26 @@ def test_ranges_move_in_training_alone_and_only_while_observed():
     quantizer.train()(loud)
     assert float(quantizer.high) == pytest.approx(1.08)
     assert float(quantizer.low) == pytest.approx(-1.08)
+
+
+def test_the_table_of_choices_is_the_measured_one():
+    measured = json.loads((ROOT / "benchmarks" / "quantize_choices.json").read_text())["choices"]
+    page = (ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([+-][\d.]+) \| ([\d,]+) \|$", page, flags=re.MULTILINE)
+    assert rows == [
+        (name, f"{one['sqnr_db']:.1f}", f"{one['accuracy_drop']:+.2f}", f"{one['param_bytes']:,}")
+        for name, one in measured.items()
+    ]
+
+
+def test_the_agreement_on_the_page_is_the_measured_one():
+    found = json.loads((ROOT / "benchmarks" / "quantize_agreement.json").read_text())
+    page = (ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
+    assert found["clips"] == 2000
+    assert all(pair["met"] for pair in found["pairs"].values())
+    for pair in found["pairs"].values():
+        assert f"| {pair['same_class_percent']:.2f} | {pair['sqnr_db']:.1f} |" in page
+    for bits, one in found["without_vnni"].items():
+        figures = (one["sqnr_db_exact"], one["sqnr_db_without_vnni"], one["same_class_percent_without_vnni"])
+        row = " | ".join((f"{one['pairs_that_could_saturate']:,}", *(f"{figure:.1f}" for figure in figures)))
+        assert re.search(rf"^\| {bits}[^|]*\| {re.escape(row)} \|$", page, flags=re.MULTILINE), row
