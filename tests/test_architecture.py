@@ -28,10 +28,10 @@ ORDER: tuple[set[str], ...] = (
     {"recipe"},
     {"workspace"},
     {"teaching", "quantising"},
-    {"stages", "publish", "evaluate", "verifying", "benching", "comparing"},
+    {"stages", "publish", "evaluate", "benching", "comparing"},
     {"pruning"},
     {"prune_sensitivity"},
-    {"pipeline"},
+    {"pipeline", "verifying"},
     {"sweep", "doctor"},
     {"cli_options"},
     {
