@@ -146,12 +146,17 @@ def verify(
         Path | None, typer.Option(metavar="BUNDLE", help="The model that the file must be equal to.")
     ] = None,
     wav: Annotated[list[Path] | None, typer.Option(help="Recordings to compare on as well; repeatable.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|RECIPE", help="Labelled audio, on which it must be as accurate as the reference."),
+    ] = None,
+    settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Prove that an ONNX file computes what it should. Exit code 4 when it does not."""
     from aum_compress.verifying import verify_target
 
-    results = verify_target(target, reference, wav or [])
+    results = verify_target(target, reference, wav or [], data, settings or [])
     if as_json:
         print_json([result.to_dict() for result in results])
     else:

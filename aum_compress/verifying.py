@@ -1,30 +1,45 @@
 """`aum-compress verify`: one exported file or a whole exported bundle, with a reference where there is one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from aum_compress.bundle import CARD, Bundle, read_bundle
 from aum_compress.errors import BundleError
+from aum_compress.evaluate.measure import Request, evaluate
 from aum_compress.export.metadata import WAVEFORM, OnnxMetadata
 from aum_compress.export.onnx_writer import fold_if_needed, round_to_half
 from aum_compress.export.runtime import clip_features, clip_input, open_session, read_metadata
-from aum_compress.export.verification import Verification
+from aum_compress.export.verification import Check, Verification, compare_accuracy
 from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.models.storage import QUANTISED
 
+_RUNNABLE = ("names", "shapes", "inputs")
+"""Checks without which no file can be run on clips."""
 
-def verify_target(target: Path, reference: Path | None, recordings: list[Path]) -> list[Verification]:
+
+def verify_target(
+    target: Path,
+    reference: Path | None,
+    recordings: list[Path],
+    data: str | None = None,
+    settings: list[str] | None = None,
+) -> list[Verification]:
     """Verdicts on `target`: a .onnx file, or all files of an exported bundle.
 
     Args:
         reference: a bundle of kind model whose numbers the files must hold: the quantised one for quantised files,
             one in float32 for the others.
         recordings: audio whose windows are compared as well.
+        data: labelled audio, or a recipe, on whose test part each file must be as accurate as the reference.
+        settings: `section.key=value` for a recipe.
 
     Raises:
-        AumError: nothing to judge there, an unreadable recording, or a reference of the wrong kind.
+        AumError: nothing to judge there, an unreadable recording, a reference of the wrong kind, or data without one.
     """
+    if data is not None and reference is None:
+        raise BundleError(f"--data {data}: accuracy is held against a reference's: name its bundle, --reference BUNDLE")
     files = [target]
     if target.is_dir() or target.name == CARD:
         bundle = read_bundle(target if target.is_dir() else target.parent)
@@ -37,8 +52,18 @@ def verify_target(target: Path, reference: Path | None, recordings: list[Path]) 
         metadata = read_metadata(open_session(file), file)
         clips = _features(recordings, metadata) if recordings else None
         waveforms = _waveforms(recordings, metadata) if recordings and metadata.reads == WAVEFORM else None
-        results.append(verify_onnx(file, _reference(model, metadata), clips=clips, waveforms=waveforms))
+        verified = verify_onnx(file, _reference(model, metadata), clips=clips, waveforms=waveforms)
+        if data is not None and reference is not None and all(c.passed for c in verified.checks if c.name in _RUNNABLE):
+            checks = (*verified.checks, _accuracy(file, reference, Request(data, settings or [], draws=0), metadata))
+            verified = replace(verified, checks=checks)
+        results.append(verified)
     return results
+
+
+def _accuracy(file: Path, reference: Path, request: Request, metadata: OnnxMetadata) -> Check:
+    found, wanted = (evaluate(model, request).metrics for model in (file, reference))
+    accuracies = (found["overall_accuracy"], wanted["overall_accuracy"])
+    return compare_accuracy(Path(request.data).name, found["clips"], *accuracies, metadata.precision)
 
 
 def _reference(bundle: Bundle | None, metadata: OnnxMetadata) -> Reference | None:

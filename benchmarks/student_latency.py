@@ -1,24 +1,25 @@
 """What a student takes in onnxruntime beside CP-Mobile: by block, by stem, and as a whole.
 
-    python benchmarks/student_latency.py [--rounds 200] [--only TEXT] [--out benchmarks/student_latency.json]
-    python benchmarks/student_latency.py --markdown                  tables of the JSON file
+    python benchmarks/student_latency.py [--rounds 400] [--files FOLDER] [--baseline FOLDER]
+    python benchmarks/student_latency.py --markdown          tables of benchmarks/student_latency.json
 
 Random weights, fp32 ONNX, one thread, features to logits. All files take their turn in every round, so that whatever
-else the machine does falls on all of them alike; the figure of a file is the median of the rounds' ratios to CP-Mobile.
-A block's own time is half the difference of a student with three of it and one with one.
+else the machine does falls on all of them alike. Measured is the processor's time; the figure of a file is what a tenth
+of its rounds stay below, which leaves out caches that others have filled; for whole students the rounds' ratios to
+CP-Mobile stand beside. A block's own time is half the difference of a student with three of it and one with one.
 
-`--baseline FILE` adds the whole students of another version of the package, exported by `--export FOLDER` there, to the
-same rounds: what the version at hand has gained.
+`--files` keeps what is exported, so that a run that was stopped goes on. `--baseline` adds the .onnx files in a folder
+to the same rounds: the same students by an earlier version.
 """
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from esc10_mobile import CONVOLUTION, MAMBA, STEM
 from onnxruntime import InferenceSession
 
 from aum_compress.audio.config import InputSpec, LogMelConfig
@@ -30,6 +31,7 @@ from aum_compress.export.runtime import open_session
 from aum_compress.export.timing import Spread, interleaved, machine, random_feeds
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import build_model
+from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 
 RIVAL = "CP-Mobile"
 CLASSES = 10
@@ -46,73 +48,65 @@ def mamba(along: str, d_inner: int = 64, d_state: int = 8, block_type: str = "v1
     return {"d_inner": d_inner, "d_state": d_state, "dt_rank": 4, "block_type": block_type, "along": along}
 
 
-def mamba2(along: str, d_inner: int = 64, head_dim: int = 16) -> dict[str, Any]:
-    return {"mixer": "mamba2", "d_inner": d_inner, "d_state": 8, "head_dim": head_dim, "along": along}
+def mamba2(along: str) -> dict[str, Any]:
+    return {"mixer": "mamba2", "d_inner": 64, "d_state": 8, "head_dim": 16, "along": along}
 
 
 def conv(along: str, d_inner: int, d_conv: int) -> dict[str, Any]:
     return {"mixer": "conv", "d_inner": d_inner, "d_conv": d_conv, "along": along}
 
 
+STEM = stem((16, 2, 2, 0), (24, 2, 2, 3), (24, 1, 1, 2), (48, 2, 2, 3), (48, 1, 1, 2), (64, 2, 1, 2))
+"""Of the students whose blocks are timed."""
 BLOCKS = {
     "mamba v1, D 64, N 8": mamba("time"),
     "mamba v1, D 64, N 4": mamba("time", d_state=4),
-    "mamba v1, D 64, N 2": mamba("time", d_state=2),
-    "mamba v1, D 48, N 4": mamba("time", 48, 4),
     "mamba v1, D 32, N 8": mamba("time", 32),
-    "mamba v1, D 32, N 4": mamba("time", 32, 4),
     "mamba one way, D 64, N 8": mamba("time", block_type="none"),
     "mamba v2, D 64, N 8": mamba("time", block_type="v2"),
     "mamba v1, D 64, N 8, along mel": mamba("mel"),
     "mamba v1, D 64, N 4, along mel": mamba("mel", d_state=4),
-    "mamba v1, D 64, N 8, along all tokens": mamba("tokens"),
+    "mamba one way, D 64, N 8, along mel": mamba("mel", block_type="none"),
     "mamba2 two ways, D 64, N 8, heads of 16": mamba2("time"),
-    "mamba2 two ways, D 64, N 8, heads of 32": mamba2("time", head_dim=32),
     "mamba2 two ways, D 64, N 8, heads of 16, along mel": mamba2("mel"),
-    "conv, D 64, 3 taps": conv("time", 64, 3),
+    "conv, D 76, 3 taps": conv("time", 76, 3),
     "conv, D 76, 17 taps": conv("time", 76, 17),
     "conv, D 76, 31 taps, along mel": conv("mel", 76, 31),
 }
 """16 x 9 tokens of width 64; along time where nothing else is said."""
 
+SMALL = conv("time", 64, 3)
 STEMS = {
-    "esc10_mobile.py's": STEM,
+    "16, 24, 24, 48, 48, 64": STEM,
+    "16, 16, 16, 32, 32, 64": stem(
+        (16, 2, 2, 0), (16, 2, 2, 3), (16, 1, 1, 2), (32, 2, 2, 3), (32, 1, 1, 2), (64, 2, 1, 2)
+    ),
+    "16, 32, 32, 48, 48, 64": stem(
+        (16, 2, 2, 0), (32, 2, 2, 2), (32, 1, 1, 2), (48, 2, 2, 2), (48, 1, 1, 2), (64, 2, 1, 2)
+    ),
     "16, 32, 64, 64": stem((16, 2, 2, 0), (32, 2, 2, 2), (64, 2, 2, 2), (64, 2, 1, 2)),
-    "8, 32 plain, 48, 48, 64": stem((8, 2, 2, 0), (32, 2, 2, 0), (48, 2, 2, 2), (48, 1, 1, 2), (64, 2, 1, 2)),
     "8, 32 plain, 64, 64": stem((8, 2, 2, 0), (32, 2, 2, 0), (64, 2, 2, 2), (64, 2, 1, 2)),
     "8, 16 plain, 32, 64": stem((8, 2, 2, 0), (16, 2, 2, 0), (32, 2, 2, 3), (64, 2, 1, 3)),
-    "16 (mel 4), 32, 64, 64": stem((16, 4, 2, 0), (32, 2, 2, 2), (64, 2, 2, 2), (64, 1, 1, 2)),
-    "8, 32 plain, 48, 64, 64 (8 x 9)": stem((8, 2, 2, 0), (32, 2, 2, 0), (48, 2, 2, 2), (64, 2, 1, 2), (64, 2, 1, 2)),
+    "16 (mel stride 4), 32, 64, 64": stem((16, 4, 2, 0), (32, 2, 2, 2), (64, 2, 2, 2), (64, 1, 1, 2)),
+    "8, 32 plain, 48, 64, 64 (8 x 9 cells)": stem(
+        (8, 2, 2, 0), (32, 2, 2, 0), (48, 2, 2, 2), (64, 2, 1, 2), (64, 2, 1, 2)
+    ),
 }
 """Channels of the stages; a plain one is a 3x3 convolution, the others inverted residuals. 16 x 9 cells where nothing
-else is said. Measured with one convolution block, whose time is taken off."""
-LIGHT, SMALL_GRID = STEMS["8, 32 plain, 64, 64"], STEMS["8, 32 plain, 48, 64, 64 (8 x 9)"]
-
-STUDENTS = {
-    "esc10_mobile.py's student, 4 blocks": (STEM, MAMBA, 4),
-    "the same, 2 blocks": (STEM, MAMBA, 2),
-    "esc10_mobile.py's convolution, 4 blocks": (STEM, CONVOLUTION, 4),
-    "light stem, 2 blocks, N 8": (LIGHT, [mamba("time"), mamba("mel")], 2),
-    "light stem, 2 blocks, N 4": (LIGHT, [mamba("time", d_state=4), mamba("mel", d_state=4)], 2),
-    "light stem, 1 block, N 8": (LIGHT, [mamba("time")], 1),
-    "8 x 9 cells, 2 blocks, N 8": (SMALL_GRID, [mamba("time"), mamba("mel")], 2),
-    "8 x 9 cells, 2 blocks, N 4": (SMALL_GRID, [mamba("time", d_state=4), mamba("mel", d_state=4)], 2),
-    "light stem, 2 blocks, mamba2": (LIGHT, [mamba2("time"), mamba2("mel")], 2),
-    "light stem, 3 blocks, conv": (LIGHT, [conv("time", 64, 9), conv("mel", 64, 15)], 3),
-}
+else is said. Measured with one convolution block of 3 taps, whose time is taken off."""
+STUDENTS = ("student-int8", "student-fp16")
+"""Presets."""
 
 
-def student(stem: dict[str, Any], blocks: list[dict[str, Any]], depth: int) -> AudioMambaConfig:
-    whole = tuple((blocks * depth)[:depth])
+def student(stem: dict[str, Any], blocks: list[dict[str, Any]]) -> AudioMambaConfig:
     return AudioMambaConfig(
         n_mels=256,
         n_frames=65,
         n_classes=CLASSES,
         d_model=64,
-        blocks=whole,
+        blocks=tuple(blocks),
         stem=stem,
         position="factorised",
-        pool="mean",
     )
 
 
@@ -121,9 +115,10 @@ def configurations() -> dict[str, AudioMambaConfig | CPMobileConfig]:
         RIVAL: CPMobileConfig(n_mels=256, n_frames=65, n_classes=CLASSES)
     }
     for name, block in BLOCKS.items():
-        found |= {f"block {depth} {name}": student(STEM, [block], depth) for depth in (1, 3)}
-    found |= {f"stem {name}": student(stages, [conv("time", 64, 3)], 1) for name, stages in STEMS.items()}
-    return found | {f"student {name}": student(*parts) for name, parts in STUDENTS.items()}
+        found |= {f"block {depth} {name}": student(STEM, [block] * depth) for depth in (1, 3)}
+    found |= {f"stem {name}": student(stages, [SMALL]) for name, stages in STEMS.items()}
+    presets = {name: PRESETS[name](PRESET_MELS, PRESET_FRAMES, CLASSES) for name in STUDENTS}
+    return found | {f"student {name}": config for name, config in presets.items()}
 
 
 def export(config: AudioMambaConfig | CPMobileConfig, path: Path) -> None:
@@ -148,30 +143,25 @@ def measure(files: dict[str, Path], rounds: int) -> dict[str, tuple[Spread, Spre
 
 
 def results(found: dict[str, tuple[Spread, Spread]], configs: dict[str, Any]) -> dict[str, Any]:
-    ratio = {name: spread.median for name, (_, spread) in found.items()}
-    ms = {name: spread.median for name, (spread, _) in found.items()}
-
-    def block(name: str) -> dict[str, Any]:
-        one, three = f"block 1 {name}", f"block 3 {name}"
-        return {"ms": (ms[three] - ms[one]) / 2, "ratio": (ratio[three] - ratio[one]) / 2}
-
-    blocks = {name: block(name) for name in BLOCKS if f"block 1 {name}" in found}
-    light = blocks.get("conv, D 64, 3 taps")
+    ms = {name: spread.p10 for name, (spread, _) in found.items()}
+    kinds = {"ms": ms, "ratio": {name: time / ms[RIVAL] for name, time in ms.items()}}
+    blocks = {
+        name: {key: (of[f"block 3 {name}"] - of[f"block 1 {name}"]) / 2 for key, of in kinds.items()} for name in BLOCKS
+    }
+    small = blocks["conv, D 76, 3 taps"]
     stems = {}
     for name in STEMS:
-        if f"stem {name}" in found and light:
-            costs = analytic_macs(configs[f"stem {name}"])
-            stored = analytic_stored(configs[f"stem {name}"], "int8")
-            stems[name] = {
-                "ms": ms[f"stem {name}"] - light["ms"],
-                "ratio": ratio[f"stem {name}"] - light["ratio"],
-                "macs": sum(count for layer, count in costs.items() if layer.startswith("patch_embed")),
-                "int8_bytes": sum(own.param_bytes for layer, own in stored.items() if layer.startswith("patch_embed")),
-            }
+        config = configs[f"stem {name}"]
+        costs, stored = analytic_macs(config), analytic_stored(config, "int8")
+        stems[name] = {key: of[f"stem {name}"] - small[key] for key, of in kinds.items()} | {
+            "macs": sum(count for layer, count in costs.items() if layer.startswith("patch_embed")),
+            "int8_bytes": sum(own.param_bytes for layer, own in stored.items() if layer.startswith("patch_embed")),
+        }
     students = {}
     for name, (time, spread) in found.items():
         if name.startswith(("student ", "before")):
-            students[name.removeprefix("student ")] = {"ms": vars(time), "ratio": vars(spread)}
+            undisturbed = {"ratio": time.p10 / ms[RIVAL]}
+            students[name.removeprefix("student ")] = undisturbed | {"ms": vars(time), "by_round": vars(spread)}
     return {"CP-Mobile_ms": vars(found[RIVAL][0]), "blocks": blocks, "stems": stems, "students": students}
 
 
@@ -183,37 +173,35 @@ def markdown(found: dict[str, Any]) -> str:
         f"| {name} | {r['ratio']:.2f} | {r['macs'] / 1e6:.1f} | {r['int8_bytes']:,} |"
         for name, r in found["stems"].items()
     ]
-    lines += ["", "| student | of CP-Mobile's time | from 10 % to 90 % of rounds |", "|---|---|---|"]
+    heading = "| student | of CP-Mobile's time | median of the rounds' ratios | 10 % to 90 % of them |"
+    lines += ["", heading, "|---|---|---|---|"]
     for name, record in found["students"].items():
-        ratio = record["ratio"]
-        lines.append(f"| {name} | {ratio['median']:.2f} | {ratio['p10']:.2f} to {ratio['p90']:.2f} |")
+        each = record["by_round"]
+        spread = f"{each['median']:.2f} | {each['p10']:.2f} to {each['p90']:.2f}"
+        lines.append(f"| {name} | {record['ratio']:.2f} | {spread} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--only", default="", help="only files whose name holds this")
+    parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--export", type=Path, help="only write the whole students to this folder")
-    parser.add_argument("--baseline", type=Path, help="a folder that --export wrote with another version")
+    parser.add_argument("--files", type=Path, help="folder that keeps the exported files")
+    parser.add_argument("--baseline", type=Path, help="folder of .onnx files of an earlier version")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     if arguments.markdown:
         print(markdown(json.loads(arguments.out.read_text(encoding="utf-8"))))
         return
     torch.set_num_threads(1)
-    chosen = {n: c for n, c in configurations().items() if n == RIVAL or arguments.only in n}
-    if arguments.export:
-        arguments.export.mkdir(parents=True, exist_ok=True)
-        for name in STUDENTS:
-            export(chosen[f"student {name}"], arguments.export / f"{name}.onnx")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for number, (name, config) in enumerate(chosen.items()):
-            files[name] = Path(folder) / f"{number}.onnx"
-            export(config, files[name])
+    chosen = configurations()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.files or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {name: folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.onnx" for name in chosen}
+        for name, path in files.items():
+            if not path.exists():
+                export(chosen[name], path)
         if arguments.baseline:
             files |= {f"before: {path.stem}": path for path in sorted(arguments.baseline.glob("*.onnx"))}
         found = results(measure(files, arguments.rounds), chosen)

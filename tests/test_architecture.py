@@ -28,11 +28,11 @@ ORDER: tuple[set[str], ...] = (
     {"recipe"},
     {"workspace"},
     {"teaching", "quantising"},
-    {"stages", "publish", "evaluate", "verifying", "benching", "comparing"},
+    {"stages", "publish", "evaluate", "benching", "comparing"},
     {"pruning"},
     {"prune_sensitivity"},
     {"submission", "devices"},
-    {"pipeline"},
+    {"pipeline", "verifying"},
     {"sweep", "doctor"},
     {"cli_options"},
     {

@@ -168,6 +168,22 @@ def test_flipped_weight_is_found_by_golden_logits_alone(exports, tmp_path):
     assert command("verify", path).exit_code == 4
 
 
+def test_verify_holds_the_accuracy_on_labelled_clips(runs, exports, recipe, tmp_path):
+    path, reference = exports / "model-fp32.onnx", runs / "05-prune"
+    (found,) = record("verify", path, "--reference", reference, "--data", recipe)
+    check = found["checks"][-1]
+    assert check["name"] == "accuracy on tiny.yaml"
+    assert check["passed"]
+    assert check["accuracy"] == check["reference_accuracy"]
+    wrong = onnx.load(path)
+    (head,) = (tensor for tensor in wrong.graph.initializer if tensor.name == "head.weight")
+    head.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(head), head.name))
+    onnx.save(wrong, tmp_path / "wrong.onnx")
+    (found,) = record("verify", tmp_path / "wrong.onnx", "--reference", reference, "--data", recipe, code=4)
+    assert found["checks"][-1]["accuracy"] != check["accuracy"]
+    assert "--data" in message("verify", path, "--data", recipe)
+
+
 def test_verify_says_what_it_cannot_judge(runs, exports):
     assert "holds no ONNX file; aum-compress export" in message("verify", runs / "05-prune")
     wrong = message("verify", exports / "model-int8.onnx", "--reference", runs / "05-prune")

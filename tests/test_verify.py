@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from aum_compress.bundle import BundleCard, now, write_bundle
 from aum_compress.errors import ModelFileError, VerificationFailed
-from aum_compress.export.verification import TOLERANCES, Check, Tolerance, Verification, compare
+from aum_compress.export.verification import (
+    TOLERANCES,
+    Check,
+    Tolerance,
+    Verification,
+    compare,
+    compare_accuracy,
+)
 from aum_compress.export.verify import saturation_notes, verify_onnx
 from aum_compress.export.verify_inputs import golden_file, read_golden, stress_inputs
 from aum_compress.models import scan
@@ -71,7 +78,7 @@ def test_right_file_passes(precision, tmp_path):
     assert verification.passed, "\n".join(verification.lines())
     verification.enforce()
     by_name = {(check.name, check.optimised): check for check in verification.checks}
-    for name in ("random", "silence", "full scale", "clips"):
+    for name in ("random", "silence", "full scale", "clipped", "constant", "click", "clips"):
         for optimised in (False, True):
             assert by_name[name, optimised].tolerance == TOLERANCES[precision, optimised]
     assert by_name["random by the oracle scan", False].sqnr_db > 30
@@ -79,7 +86,7 @@ def test_right_file_passes(precision, tmp_path):
     if precision != "int8":
         assert verification.max_abs_error < 1e-4
     assert (
-        verification.lines()[0] == f"model-{precision}.onnx ({precision}): PASSED of 17 checks against the torch model"
+        verification.lines()[0] == f"model-{precision}.onnx ({precision}): PASSED of 26 checks against the torch model"
     )
 
 
@@ -157,7 +164,7 @@ def test_nan_fails(with_reference, tmp_path):
     path = written(tmp_path, "fp32")
     alter(path, set_weight("head.bias", put_nan))
     found = failures(verify_onnx(path, reference("fp32") if with_reference else None))
-    assert {"random", "silence", "full scale"} <= found.keys()
+    assert {"random", "silence", "full scale", "clipped", "constant", "click"} <= found.keys()
     assert "4 of 16 logits are NaN or infinite" in found["random"]
 
 
@@ -291,6 +298,25 @@ def test_stress_inputs_span_what_recordings_can_hold():
     floor = (np.log(SPEC.front_end.log_offset) - SPEC.mean) / SPEC.std
     np.testing.assert_allclose(inputs["silence"], floor, rtol=1e-5)
     assert inputs["full scale"].max() > floor + 4
+    assert inputs["clipped"].max() > floor + 4
+    lowest = inputs["constant"][0, 0, 0].mean()
+    assert lowest > inputs["constant"][0, 0, 8:].max()  # all of an offset is at zero hertz
+    loud_frames = (inputs["click"][0, 0] > floor + 1e-3).any(0)
+    assert 1 <= loud_frames.sum() <= 3  # a click is in the windows that hold it, and in all their bins
+    assert (inputs["click"][0, 0][:, loud_frames] > floor).all()
+
+
+def test_accuracy_may_fall_by_a_little_and_no_more():
+    assert compare_accuracy("clips", 5000, 60.0, 60.05, "fp32").passed
+    assert compare_accuracy("clips", 5000, 70.0, 60.0, "fp32").passed
+    worse = compare_accuracy("clips", 5000, 59.5, 60.0, "fp16")
+    assert not worse.passed
+    assert worse.reason == "0.50 points worse, at most 0.10 wanted"
+    assert "accuracy on clips, optimised: 59.50 % of 5000, the reference 60.00 %: 0.50 points worse" in worse.line()
+    assert compare_accuracy("clips", 5000, 59.5, 60.0, "int8").passed
+    assert not compare_accuracy("clips", 5000, 58.9, 60.0, "int8").passed
+    assert compare_accuracy("clips", 50, 58.0, 60.0, "fp32").passed, "one clip of 50"
+    assert not compare_accuracy("clips", 50, 56.0, 60.0, "fp32").passed
 
 
 @settings(max_examples=30, deadline=None)

@@ -63,6 +63,9 @@ class Check:
     sqnr_db: float | None = None
     agreement: float | None = None
     tolerance: Tolerance | None = None
+    accuracy: float | None = None
+    """In percent, of labelled clips; `reference_accuracy` is what it is compared with."""
+    reference_accuracy: float | None = None
 
     def line(self) -> str:
         """For people."""
@@ -75,6 +78,8 @@ class Check:
                 f": max error {self.max_abs_error:.2g}, SQNR {self.sqnr_db:.1f} dB, "
                 f"same class {self.agreement:.1%} of {self.n_inputs}"
             )
+        if self.accuracy is not None:
+            figures = f": {self.accuracy:.2f} % of {self.n_inputs}, the reference {self.reference_accuracy:.2f} %"
         return (
             f"{'ok  ' if self.passed else 'FAIL'} {self.name}{how}{figures}{'' if self.passed else ': ' + self.reason}"
         )
@@ -135,6 +140,19 @@ class Verification:
 def finding(name: str, problems: list[str]) -> Check:
     """A check without figures: passed when there are no problems."""
     return Check(name, not problems, "; ".join(problems[:5]) + (f"; {len(problems) - 5} more" if problems[5:] else ""))
+
+
+MAX_ACCURACY_DROP: Mapping[Precision, float] = {"fp32": 0.1, "fp16": 0.1, "int8": 1.0}
+"""Percentage points that a file may be worse than its reference on labelled clips, or one clip where that is more: an
+answer on the edge between two classes may fall to either side."""
+
+
+def compare_accuracy(data: str, n_clips: int, found: float, reference: float, precision: Precision) -> Check:
+    """Accuracies in percent on the clips of `data`; a file that is better passes."""
+    drop, limit = reference - found, max(MAX_ACCURACY_DROP[precision], 100 / n_clips)
+    reason = "" if drop <= limit + 1e-6 else f"{drop:.2f} points worse, at most {limit:.2f} wanted"
+    name = f"accuracy on {data}"
+    return Check(name, not reason, reason, True, n_clips, accuracy=found, reference_accuracy=reference)
 
 
 def compare(

@@ -158,7 +158,7 @@ def _value_checks(
         yield compare(name, written, expected, limits[False], optimised=False)
         yield compare(name, run_session(sessions[True], features), expected, limits[True], optimised=True)
         if model is not None and name != "clips" and _scans(model):
-            with _oracle_scan():
+            with oracle_scan():
                 opinion = _logits(model, features)
             yield compare(f"{name} by the oracle scan", written, opinion, limits[False], optimised=False)
 
@@ -215,7 +215,7 @@ def _scans(model: Model) -> bool:
 
 
 @contextmanager
-def _oracle_scan() -> Iterator[None]:
+def oracle_scan() -> Iterator[None]:
     """Lets every mixer run the definition in place of the kernel and of the matmul form."""
     kernel, matmul_form = scan.selective_scan, mamba2.ssd
     scan.selective_scan, mamba2.ssd = scan.selective_scan_oracle, ssd_oracle

@@ -55,15 +55,22 @@ def read_golden(path: Path, precision: Precision) -> Golden:
 def stress_inputs(metadata: OnnxMetadata) -> dict[str, np.ndarray]:
     """Name -> features (B,1,F,T), the same on every machine up to rounding.
 
-    random: standard normal features, farther from audio than any clip. silence: digital zeros, the log's floor.
-    full scale: white noise and a square wave between -1 and 1, the largest energies that a recording can have.
+    random: standard normal features, farther from audio than any clip. The others are recordings at their worst:
+    silence: digital zeros, the log's floor. full scale: white noise and a square wave between -1 and 1, the largest
+    energies that a recording can have. clipped: noise three times too loud. constant: an offset and nothing else.
+    click: one sample of full scale in silence.
     """
     rng = np.random.default_rng(0)
     length = metadata.clip_samples
     square = np.sign(np.sin(2 * np.pi * _SQUARE_HZ / metadata.sample_rate_hz * np.arange(length) + 0.1))
     loud = [rng.uniform(-1, 1, length), square]
+    click = np.zeros(length)
+    click[length // 2] = 1
     return {
         "random": rng.standard_normal((_N_RANDOM, *metadata.feature_shape), dtype=np.float32),
         "silence": clip_features(np.zeros(length), metadata),
         "full scale": np.concatenate([clip_features(clip, metadata) for clip in loud]),
+        "clipped": clip_features(np.clip(3 * rng.standard_normal(length), -1, 1), metadata),
+        "constant": clip_features(np.full(length, 0.5), metadata),
+        "click": clip_features(click, metadata),
     }
