@@ -41,7 +41,9 @@ def recipes_check(recipe: RecipeArgument, settings: Settings = None) -> None:
 
 @recipes_app.command("keys")
 def recipes_keys(
-    section: Annotated[str | None, typer.Argument(help="One section, such as train; all when left out.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(metavar="SECTION", help="One section, such as train; all when left out.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All as the tables of docs/recipes.md.")] = False,
 ) -> None:
     """Every key of a recipe: what it may be, its default, what it means."""

@@ -26,7 +26,7 @@ from aum_compress.models.factory import Model, build_model, fold_batch_norm, fol
 from aum_compress.models.presets import LANES, PRESET_FRAMES, PRESET_MELS, PRESETS, aum
 from aum_compress.models.quantized import QuantizedLayer, quantizable_layers, stored_tensors, swap_in_quantized
 from aum_compress.models.storage import Storage
-from aum_compress.publish import export_bundle
+from aum_compress.publish import ExportOptions, export_bundle
 from aum_compress.recipe_schema import QuantizeSection
 
 SECTIONS = st.one_of(
@@ -49,7 +49,7 @@ FEW = settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.reus
 def test_configuration_and_traced_graph_agree_in_every_layer(config, section):
     model = build_model(config) if section is None else deployed(config, "int8", section)[0]
     traced = traced_operations(model, torch.zeros(1, 1, config.n_mels, config.n_frames))
-    agree({"configuration": analytic_macs(config), "traced graph": {n: own.macs for n, own in traced.items()}})
+    agree({"configuration": analytic_macs(model.config), "traced graph": {n: own.macs for n, own in traced.items()}})
 
 
 def deployed(
@@ -179,7 +179,7 @@ def test_the_bytes_of_an_exported_bundle_follow_from_its_parent(tmp_path):
         created="",
     )
     parent = write_bundle(tmp_path / "parent", card, model_files(model, torch.randn(2, 1, 32, 17).numpy()))
-    exported = export_bundle(parent, tmp_path / "exported", ("fp16",))
+    exported = export_bundle(parent, tmp_path / "exported", ExportOptions(("fp16",)))
     report = check_bundle(exported)
     explained = next(note for note in report.notes if note.startswith("bytes follow from the bundle's tensors"))
     assert f"{sum(tensor.nbytes for tensor in parent.tensors().values()):,};" in explained

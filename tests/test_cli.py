@@ -424,7 +424,10 @@ def test_stage_verbs_on_recipe_and_bundle(verb, copied, recipe):
 def test_stage_verb_on_a_bundle_takes_settings(copied):
     found = record("quantize", copied / "runs" / "tiny" / "05-prune", "--set", "quantize.calibration_clips=8")
     assert found["road"][-1]["stage"] == "quantize"
-    assert read_bundle(copied / "runs" / "tiny" / "06-quantize").card.notes == {"calibration_clips": 8}
+    assert read_bundle(copied / "runs" / "tiny" / "06-quantize").card.notes == {
+        "calibration_clips": 8,
+        "saturating_pairs": 0,
+    }
 
 
 def test_bundle_that_lies_in_no_run(copied, tmp_path):

@@ -118,7 +118,7 @@ def test_changed_section_runs_its_stage_and_those_behind(copied, tree):
     run(recipe(tree, quantize={"calibration_clips": 8}), copied)
     after = {name: read_bundle(copied / "runs" / "tiny" / name) for name in STAGES}
     assert [name for name in STAGES if after[name].sha256 != before[name]] == ["06-quantize", "07-export"]
-    assert after["06-quantize"].card.notes == {"calibration_clips": 8}
+    assert after["06-quantize"].card.notes == {"calibration_clips": 8, "saturating_pairs": 0}
 
 
 def test_killed_between_stages_goes_on(copied, tree, finished):

@@ -86,7 +86,7 @@ def test_bytes_bind_at_64_tokens_and_macs_at_250(plan):
             assert set(counts) == {"bytes"}, tokens
         if tokens >= 250:
             assert counts.most_common(1)[0][0] == "MACs", tokens
-        if tokens >= 260:
+        if tokens >= 264:
             assert set(counts) == {"MACs"}, tokens
     assert max(binding) >= 300
 
