@@ -107,11 +107,11 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
 
 
 def costing(recipe: Recipe, clip_seconds: float) -> Costing:
-    """At the precision of the file that the recipe ships."""
-    if recipe.quantize:
-        return Costing(
-            "int4" if recipe.quantize.precision == "int4" else "int8", clip_seconds, recipe.quantize.keep_float
-        )
+    """At the precision of the file that the recipe ships; one whose layers differ counts as int8."""
+    if section := recipe.quantize:
+        wide = [name for name, storage in section.layers.items() if storage == "fp16"]
+        precision = "int4" if section.precision == "int4" else "int8"
+        return Costing(precision, clip_seconds, (*section.keep_float, *wide))
     return Costing("fp16" if recipe.export and "fp16" in recipe.export.precisions else "fp32", clip_seconds)
 
 

@@ -54,7 +54,18 @@ def place(finished, tmp_path, monkeypatch, cache_of_finished) -> Path:
 
 
 @pytest.mark.parametrize(
-    "page", ["dcase", "export", "sweeps", "recipes", "your-own-data", "your-own-model", "add-a-mixer", "quantisation"]
+    "page",
+    [
+        "dcase",
+        "export",
+        "sweeps",
+        "recipes",
+        "pruning",
+        "your-own-data",
+        "your-own-model",
+        "add-a-mixer",
+        "quantisation",
+    ],
 )
 def test_a_page_can_be_followed_from_top_to_bottom(page, place, monkeypatch, capsys):
     """Files are written, code is executed and commands are run as they stand there, one behind the other."""

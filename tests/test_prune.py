@@ -316,6 +316,18 @@ def test_floors_hold():
     assert "d_model" not in space(config, kinds=["d_inner"]).sizes
 
 
+def test_widths_stay_multiples_however_heads_and_their_channels_give_way():
+    blocks = (
+        Mamba2BlockConfig(d_inner=96, d_state=8, head_dim=12),
+        Mamba2BlockConfig(d_inner=96, d_state=8, head_dim=24),
+    )
+    found = space(student_config().model_copy(update={"blocks": blocks}), round_to=8).sizes
+    assert found["layers.0.d_inner"] == (8, 6, 4, 2), "heads of 12 channels in pairs"
+    assert found["layers.0.head_dim"] == (12, 8)
+    assert found["layers.1.d_inner"] == (4, 3, 2, 1)
+    assert found["layers.1.head_dim"] == (24, 16, 8)
+
+
 def test_layers_that_stay_float_cost_as_much():
     config = student_config()
     wide = Costing("int8", 1.0, keep_float=("layers.0.mixer.in_proj", "head"))(config)

@@ -120,10 +120,8 @@ def fewest_blocks(config: AudioMambaConfig, largest_share: float) -> int:
 
 def multiple_of(dimension: Dimension, round_to: int) -> int:
     """Members by which a size may change, so that channels stay multiples of `round_to`."""
-    if dimension.kind == "head_dim":
-        return max(1, round_to // dimension.lanes)
-    if dimension.kind in ("d_model", "d_inner", "channels", "hidden"):
-        return max(1, round_to // dimension.width)
+    if dimension.kind in ("d_model", "d_inner", "head_dim", "channels", "hidden"):
+        return round_to // math.gcd(round_to, dimension.width)
     return STATE_MULTIPLE if dimension.kind == "d_state" and dimension.size > STATE_MULTIPLE else 1
 
 
