@@ -20,6 +20,7 @@ from aum_compress.models.config import (
     ConvStem,
     Mamba2BlockConfig,
 )
+from aum_compress.models.scan import selective_scan_oracle
 from aum_compress.train.module import parameter_groups
 
 
@@ -55,6 +56,23 @@ class CountingNorm(nn.Module):
         return y
 
 
+class WithoutBackward(nn.Module):
+    """A v1 mixer less what its backward scan, by the definition, has added."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, tokens):
+        mixer = self.mixer
+        x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
+        parts = [part.flip(-1) for part in (*mixer.scan_inputs(x, ""), z)]
+        u, delta, b, c, z = parts
+        rates = -torch.exp(mixer.A_b_log.float()).double()
+        added = selective_scan_oracle(u, delta, rates, b, c, mixer.D, z, delta_softplus=True).flip(-1)
+        return mixer(tokens) - mixer.out_proj(added.transpose(1, 2))
+
+
 def mask(model, dimension, gone):
     """Sets to zero what reads the members `gone`, by hand: written without the tables that pruning uses."""
     lanes = [
@@ -71,13 +89,7 @@ def mask(model, dimension, gone):
             mixer.D_b.zero_()
             mixer.x_proj_b.weight[mixer.config.dt_rank + mixer.config.d_state :].zero_()  # C
         else:
-            forward, scan = mixer.forward, mixer._scan
-
-            def one_way(u, delta, b, c, z, A_log, D):
-                return scan(u, delta, b, c, z, A_log, D) * (A_log is mixer.A_log)
-
-            mixer._scan = one_way
-            assert forward == mixer.forward
+            layer.mixer = WithoutBackward(mixer)
     elif kind == "d_model":
         for block in model.layers:
             block.norm = CountingNorm(block.norm, stay)
@@ -162,7 +174,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("mixer", BLOCKS)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_pruned_model_equals_masked_model(mixer, data):
     """Any model of this mixer, each of its dimensions, any members."""

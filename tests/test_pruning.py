@@ -105,7 +105,7 @@ def test_the_teacher_itself_is_pruned(finished, copied):
     assert pruned.parent.sha256 == teacher.sha256
     assert (pruned.model.pool, pruned.model.stem.kind) == ("class_token", "patch")
     assert outcome.bundles["quantize"].card.budget["param_bytes"] <= budget["max_param_bytes"]
-    assert [row["title"] for row in outcome.report["road"]][1:] == ["teacher, pruned", "teacher, int8"]
+    assert [row["title"] for row in outcome.report["road"]][1:] == ["teacher, pruned", "teacher, quantised"]
     assert pruned.notes["steps"][-1]["epochs"] == 2
     assert len(list((copied / "runs" / "tiny" / "teacher-logits").glob("teacher-*.npz"))) >= 1
 
