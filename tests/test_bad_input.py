@@ -288,7 +288,7 @@ def test_no_space_for_the_report(recipe, copied, monkeypatch):
     [
         ("data", "aum_compress.data.cache.examine_files", ()),
         ("prune", "aum_compress.pruning.apply_choice", MODEL_STAGES[:3]),
-        ("quantize", "aum_compress.stages.quantize", MODEL_STAGES[:4]),
+        ("quantize", "aum_compress.stages.prepare", MODEL_STAGES[:4]),
         ("export", "aum_compress.publish.export_onnx", MODEL_STAGES),
         ("write", "aum_compress.bundle.replace_folder", MODEL_STAGES[:4]),
         ("verify", "aum_compress.publish.verify_onnx", (*MODEL_STAGES, "07-export")),

@@ -90,7 +90,7 @@ def test_a_bundle_and_its_file_are_the_same(runs, exports):
 
 
 def test_nothing_of_that_name_lists_the_presets(tmp_path):
-    assert "presets: aum-tiny, aum-small, aum-base, student, cp-mobile" in message("budget", "cp-mobil")
+    assert "presets: aum-tiny, aum-small, aum-base, student, student-int8, " in message("budget", "cp-mobil")
     assert "not a bundle: no bundle.json in it" in message("budget", tmp_path)
     assert "no such file" in message("budget", tmp_path / "absent.onnx")
 

@@ -107,7 +107,7 @@ def test_a_bundle_does_not_lead_out_of_its_folder(readers, tmp_path):
             card = json.loads(valid)
             card["files"][name] = file_sha256(secret)
             (folder / CARD).write_text(json.dumps(card))
-            with pytest.raises(BundleError, match="leads out of the folder, wanted a file in it"):
+            with pytest.raises(BundleError, match="leads out of the (bundle.s )?folder"):
                 read_bundle(folder)
         card = json.loads(valid) | {"quantized_layers": ["layers.9.mixer.in_proj"]}
         (folder / CARD).write_text(json.dumps(card))

@@ -16,7 +16,7 @@ PURPOSE = {
     "torch": "training, pruning, quantising, export",
     "torchaudio": "resampling, the Kaldi front-end",
     "lightning": "training",
-    "torch-pruning": "pruning",
+    "ml-dtypes": "int4 weights in exported files",
     "filelock": "runs, caches and sweeps that share a folder",
     "fvcore": "the second count of MACs, on the traced graph",
     "torchinfo": "what DCASE's own script would print",
