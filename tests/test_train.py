@@ -307,6 +307,17 @@ def test_scan_rate_of_mamba2_and_of_the_class_token():
     assert decayed >= {"head.weight", "patch_embed.proj.weight"}
 
 
+def test_a_model_that_comes_in_evaluation_is_trained(parts, tmp_path):
+    """As pruning and bundles give them: its batch statistics move."""
+    net = model(parts).eval()
+    before = {name: t.clone() for name, t in net.state_dict().items() if "running" in name}
+    settings = {"epochs": 1, "keep": "last", "learning_rate": 1e-3, "batch_size": 64}
+    trained, _ = train(parts, tmp_path, net=net, **settings)
+    after = trained.state_dict()
+    assert before
+    assert all(not torch.equal(after[name], old) for name, old in before.items())
+
+
 def test_scan_rate_scales_the_steps_of_the_scan_alone(parts, tmp_path):
     """One step: its gradients are the same whatever the rate."""
     before = dict(model(parts).named_parameters())
