@@ -1,6 +1,7 @@
 """Small files: an int8 layer is one node, nothing is said twice, and every byte is accounted for."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,9 +13,8 @@ from aum_compress.budget.onnx_parts import FRAMING, FRONT_END_VALUES, METADATA, 
 from aum_compress.export.onnx_compact import compact
 from aum_compress.export.runtime import Classifier
 from aum_compress.export.waveform_input import write_waveform_file
-from aum_compress.recipe import recipes_folder
 
-SHIPPED = recipes_folder().parent / "exports" / "esc10-mobile" / "model-int8.onnx"
+SHIPPED = Path(__file__).parent.parent / "exports" / "esc10-mobile" / "model-int8.onnx"
 
 
 def test_every_int8_layer_is_one_node():
