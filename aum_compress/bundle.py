@@ -26,6 +26,7 @@ from aum_compress.audio.config import InputSpec
 from aum_compress.errors import BundleError, join_problems
 from aum_compress.models.config import ModelConfig
 from aum_compress.models.storage import QuantisedPrecision, Storage, as_storages
+from aum_compress.processor import processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -343,13 +344,7 @@ def tool_versions() -> dict[str, str]:
 
 def machine() -> str:
     """Processor and operating system, in words; no name of the machine."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else processor}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def now() -> str:

@@ -21,9 +21,10 @@ from aum_compress.cli_export import export
 from aum_compress.cli_options import Json, Out, RecipeArgument, Settings, StageName, print_json
 from aum_compress.cli_package import package
 from aum_compress.cli_predict import predict
-from aum_compress.cli_prune import add_prune
-from aum_compress.cli_quantize import add_quantize
+from aum_compress.cli_prune import prune
+from aum_compress.cli_quantize import quantize
 from aum_compress.cli_report import report
+from aum_compress.cli_stages import RecipeOrBundle, run_stages
 from aum_compress.cli_sweep import sweep
 from aum_compress.console import log, log_error, say
 from aum_compress.errors import AumError
@@ -84,21 +85,19 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: from audio to verified ONNX files. Finished stages are kept and skipped the next time."""
-    _run(recipe, settings, until and until.value, out_dir, as_json)
+    run_stages(recipe, settings, until and until.value, out_dir, as_json)
 
 
 def _stage_verb(stages: str, until: str) -> Any:
     """A verb that runs a recipe, or the recipe of a bundle, up to one stage."""
 
     def verb(
-        recipe_or_bundle: Annotated[
-            str, typer.Argument(metavar="RECIPE|BUNDLE", help="Recipe, or a bundle of its run.")
-        ],
+        recipe_or_bundle: RecipeOrBundle,
         settings: Settings = None,
         out_dir: Out = None,
         as_json: Json = False,
     ) -> None:
-        _run(recipe_or_bundle, settings, until, out_dir, as_json)
+        run_stages(recipe_or_bundle, settings, until, out_dir, as_json)
 
     verb.__doc__ = f"Run a recipe up to {stages}; stages that are done are skipped."
     return verb
@@ -110,32 +109,8 @@ app.command("sweep")(sweep)
 app.command("doctor")(doctor)
 
 
-def _run(
-    recipe_or_bundle: str, settings: list[str] | None, until: str | None, out_dir: Path | None, as_json: bool
-) -> None:
-    from aum_compress.bundle import CARD, run_of_bundle
-    from aum_compress.recipe import find_recipe, load_recipe
-
-    if (Path(recipe_or_bundle) / CARD).is_file():
-        path, run_dir = run_of_bundle(Path(recipe_or_bundle))
-    else:
-        path, run_dir = find_recipe(recipe_or_bundle), Path()
-    loaded = load_recipe(path, settings or [])
-
-    from aum_compress.pipeline import run as run_recipe
-    from aum_compress.report.tables import print_report
-
-    outcome = run_recipe(loaded, out_dir or run_dir, until)
-    if outcome is None:  # one of several processes: the first one shows what came of it
-        return
-    if as_json:
-        print_json(outcome.report)
-    else:
-        print_report(outcome.report, outcome.folder)
-
-
-add_prune(app, _run)
-add_quantize(app, _run)
+app.command()(prune)
+app.command()(quantize)
 app.command()(export)
 
 

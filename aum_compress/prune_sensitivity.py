@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from aum_compress.bundle import Bundle
@@ -67,7 +66,8 @@ def prune_sensitivity(
     with progress(f"prune: sensitivity of {bundle.path.name}") as reporter:
         tried = list(
             try_ratios(
-                *(model, losses),
+                model,
+                losses,
                 importance=importance,
                 room=left,
                 ratios=ratios,
@@ -113,7 +113,7 @@ def prune_sensitivity(
 
 def _label_losses(space: Workspace, part: str, clips: int) -> TrainingLosses:
     cached = getattr(space.parts, part)
-    rows = np.unique(np.linspace(0, len(cached) - 1, min(clips, len(cached))).astype(np.int64))
+    rows = space.spread(len(cached), clips)
     number = {label: place for place, label in enumerate(space.labels)}
     targets = torch.tensor([number[cached.clips[row].label] for row in rows])
     features = torch.from_numpy(space.normalised(part, clips))

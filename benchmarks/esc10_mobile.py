@@ -45,27 +45,7 @@ TEST_DEVICES = (
 FILES = {"fp32": "model-fp32.onnx", "fp16": "model-fp16.onnx", "int8": "model-int8.onnx"}
 BATCH = 256
 
-STEM = {
-    "kind": "conv",
-    "token": "cell",
-    "stages": [
-        {"channels": 8, "stride_mels": 2, "stride_frames": 2, "expansion": 0},
-        {"channels": 32, "stride_mels": 2, "stride_frames": 2, "expansion": 0},
-        {"channels": 32, "stride_mels": 1, "stride_frames": 1, "expansion": 2},
-        {"channels": 32, "stride_mels": 1, "stride_frames": 2, "expansion": 2},
-        {"channels": 56, "stride_mels": 2, "stride_frames": 1, "expansion": 2},
-        {"channels": 56, "stride_mels": 1, "stride_frames": 1, "expansion": 2},
-        {"channels": 64, "stride_mels": 2, "stride_frames": 1, "expansion": 2},
-    ],
-}
-"""16 x 9 cells of one second: CP-Mobile's widths and strides, less one block, and one step further down in mel."""
-
-
-def _student_section(blocks: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
-    return {"preset": "student", "d_model": 64, "stem": STEM, "blocks": blocks, "head": "batch_norm"} | others
-
-
-MAMBA = [{"d_inner": 64, "d_state": 8, "dt_rank": 4, "block_type": "v1", "along": along} for along in ("time", "mel")]
+STUDENT = {"preset": "student-int8"}
 CONVOLUTION = [
     {"mixer": "conv", "d_inner": 76, "d_conv": 17, "along": "time"},
     {"mixer": "conv", "d_inner": 76, "d_conv": 31, "along": "mel"},
@@ -147,15 +127,15 @@ def _cp_mobile_distilled(fold: Benchmark) -> dict[str, Any]:
 def student(fold: Benchmark, **augment: Any) -> dict[str, Any]:
     """The student from labels alone. Args: augment: what its augmentation has instead."""
     train = fold.training()
-    return {"student": _student_section(MAMBA, train=train | {"augment": train["augment"] | augment})}
+    return {"student": STUDENT | {"train": train | {"augment": train["augment"] | augment}}}
 
 
 def _student_distilled(fold: Benchmark) -> dict[str, Any]:
-    return {"student": _student_section(MAMBA), "distill": fold.distillation()}
+    return {"student": STUDENT, "distill": fold.distillation()}
 
 
 def _convolution_distilled(fold: Benchmark) -> dict[str, Any]:
-    return {"student": _student_section(CONVOLUTION), "distill": fold.distillation()}
+    return {"student": STUDENT | {"blocks": CONVOLUTION}, "distill": fold.distillation()}
 
 
 Configs = dict[str, tuple[str, Callable[[Benchmark], dict[str, Any]]]]
@@ -325,39 +305,52 @@ def summary(lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def arguments_of(
-    parser: argparse.ArgumentParser, configs: Iterable[str], results: Path, *, folds: list[int], epochs: int
-) -> argparse.Namespace:
-    """Of a benchmark of these configurations, with what every one needs checked; folders as absolute paths."""
+def add_training_arguments(parser: argparse.ArgumentParser, results: Path, epochs: int) -> None:
+    """What each benchmark that trains on ESC10-mobile is told."""
     parser.add_argument("--data", type=Path, help="ESC10-mobile")
     parser.add_argument("--responses", type=Path, help="folder of impulse responses")
-    parser.add_argument("--folds", type=int, nargs="+", default=folds, choices=range(1, 6))
-    parser.add_argument("--configs", nargs="+", default=list(configs), choices=list(configs))
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/esc10-mobile-benchmark"), help="checkpoints, bundles")
     parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--summary", action="store_true")
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with what training needs checked; folders as absolute paths."""
     arguments = parser.parse_args()
     if not arguments.summary:
         if arguments.data is None or arguments.responses is None:
             parser.error("--data and --responses are needed to train")
-        arguments.data, arguments.responses = arguments.data.resolve(), arguments.responses.resolve()
-        arguments.work = arguments.work.resolve()
+        for name in ("data", "responses", "work"):
+            setattr(arguments, name, getattr(arguments, name).resolve())
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
     return arguments
+
+
+def arguments_of(
+    parser: argparse.ArgumentParser, configs: Iterable[str], results: Path, *, folds: list[int], epochs: int
+) -> argparse.Namespace:
+    """Of a benchmark that runs these configurations."""
+    add_training_arguments(parser, results, epochs)
+    parser.add_argument("--folds", type=int, nargs="+", default=folds, choices=range(1, 6))
+    parser.add_argument("--configs", nargs="+", default=list(configs), choices=list(configs))
+    return parsed(parser)
+
+
+def append(results: Path, line: dict[str, Any]) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def run_all(arguments: argparse.Namespace, configs: Configs) -> None:
     """Adds the lines that the results lack, fold by fold."""
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for fold, config in [(f, c) for f in arguments.folds for c in configs if c in arguments.configs]:
         done = {(line["config"], line["fold"], line["seed"], line["epochs"]) for line in read(arguments.results)}
         if (config, fold, arguments.seed, arguments.epochs) in done:
             continue
         of_fold = Benchmark(arguments, fold)
-        line = run_config(of_fold, config, configs[config][1](of_fold))
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(arguments.results, run_config(of_fold, config, configs[config][1](of_fold)))
 
 
 def main() -> None:

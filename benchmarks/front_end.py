@@ -14,8 +14,6 @@ the processor, which leaves out what other programs take; the figures to trust a
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -29,6 +27,7 @@ from aum_compress.audio.config import LogMelConfig
 from aum_compress.audio.front_ends import features
 from aum_compress.audio.mel import frame_padding, hann_window, mel_filterbank
 from aum_compress.export.front_end_function import FrontEndPlan, front_end_function
+from aum_compress.export.timing import machine
 
 CASES = {
     "DCASE: n_fft 4096, 256 mel bins": LogMelConfig(),
@@ -149,18 +148,6 @@ def measure(config: LogMelConfig, rounds: int) -> dict[str, dict[str, float]]:
         row["median_share_of_stft"] = row["median_ms"] / rows[STFT]["median_ms"]
         row["fastest_share_of_stft"] = row["fastest_ms"] / rows[STFT]["fastest_ms"]
     return rows
-
-
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")] if cpuinfo.is_file() else []
-    return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-    }
 
 
 def main() -> None:

@@ -11,13 +11,10 @@ the last third. The coefficients go to `aum_compress/budget/latency.py` by hand,
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +27,7 @@ from aum_compress.budget.latency import MICROSECONDS, latency_terms
 from aum_compress.budget.plan import Student, Wanted, make_plan
 from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_writer import export_onnx
+from aum_compress.export.timing import machine
 from aum_compress.models.factory import build_model
 
 MIXERS = ("mamba", "mamba2", "conv")
@@ -93,20 +91,6 @@ def errors(coefficients: dict[str, float], students: list[Student], ms: list[flo
         "median": statistics.median(found),
         "worst": found[-1],
         "90 % below": found[int(0.9 * (len(found) - 1))],
-    }
-
-
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "onnxruntime": version("onnxruntime"),
     }
 
 

@@ -18,7 +18,6 @@ point below what it began with. Accuracy is that of the int8 file in onnxruntime
 """
 
 import argparse
-import json
 import math
 import statistics
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from esc10_mobile import Benchmark, read, run_config
+from esc10_mobile import Benchmark, add_training_arguments, append, parsed, read, run_config
 
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.analytic_bytes import analytic_stored
@@ -245,25 +244,14 @@ def summary(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="ESC10-mobile")
-    parser.add_argument("--responses", type=Path, help="folder of impulse responses")
+    add_training_arguments(parser, RESULTS, epochs=40)  # of the wide student, and of half-state before pruning
     parser.add_argument("--fold", type=int, default=1, choices=range(1, 6))
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
-    parser.add_argument("--epochs", type=int, default=40, help="of the wide student, and of half-state before pruning")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--step-epochs", type=int, default=5, help="behind each step of pruning")
     parser.add_argument("--last-epochs", type=int, default=20, help="behind the last one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("runs/esc10-mobile-benchmark"), help="checkpoints, bundles")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--summary", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if not arguments.summary:
-        if arguments.data is None or arguments.responses is None:
-            parser.error("--data and --responses are needed to train")
-        arguments.data, arguments.responses = arguments.data.resolve(), arguments.responses.resolve()
-        arguments.work = arguments.work.resolve()
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
         bar = Bar(arguments)
         for run in (run for run in RUNS if run in arguments.runs):
             if run in ("scratch", "by-hand") and bar.done("pruned") is None:
@@ -271,9 +259,7 @@ def main() -> None:
                     f"--runs {run}: how long it may train follows from the run `pruned`, which is not finished"
                 )
             if bar.done(run) is None:
-                line = bar.run(run)
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(arguments.results, bar.run(run))
     print(summary(read(arguments.results)))
 
 

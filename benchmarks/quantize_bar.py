@@ -12,7 +12,6 @@ training clips that calibrate nothing.
 """
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from esc10_mobile import CONFIGS, TEACHERS, Benchmark, measure, read
+from esc10_mobile import CONFIGS, TEACHERS, Benchmark, add_training_arguments, append, measure, parsed, read
 
 from aum_compress import __version__
 from aum_compress.data.cache import cache_index
@@ -144,27 +143,16 @@ def summary(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="ESC10-mobile")
-    parser.add_argument("--responses", type=Path, help="folder of impulse responses")
+    add_training_arguments(parser, RESULTS, epochs=40)  # of the student and its teachers
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], choices=range(1, 6))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument(
         "--config", default="student-distilled", choices=[name for name in CONFIGS if "mob" not in name]
     )
-    parser.add_argument("--epochs", type=int, default=40, help="of the student and its teachers")
     parser.add_argument("--quantize-epochs", type=int, default=20)
     parser.add_argument("--mixed-bytes", type=int, help="in place of three quarters of int8's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("runs/esc10-mobile-benchmark"), help="checkpoints, bundles")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--summary", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if not arguments.summary:
-        if arguments.data is None or arguments.responses is None:
-            parser.error("--data and --responses are needed to train")
-        for name in ("data", "responses", "work"):
-            setattr(arguments, name, getattr(arguments, name).resolve())
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
         for number in arguments.folds:
             fold = Benchmark(arguments, number)
             for variant in (name for name in VARIANTS if name in arguments.variants):
@@ -183,9 +171,7 @@ def main() -> None:
                         "--variants mixed: run post-training or trained of this fold first, or name --mixed-bytes"
                     )
                 limit = arguments.mixed_bytes or (3 * int8[0] // 4 if int8 else 0)
-                line = run_variant(fold, variant, limit)
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(arguments.results, run_variant(fold, variant, limit))
     print(summary(read(arguments.results)))
 
 

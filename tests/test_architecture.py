@@ -17,7 +17,7 @@ import aum_compress
 PACKAGE = Path(aum_compress.__file__).parent
 ORDER: tuple[set[str], ...] = (
     {"errors"},
-    {"audio", "kernels", "device_names"},
+    {"audio", "kernels", "device_names", "processor"},
     {"models"},
     {"data"},
     {"recipe_checks", "recipe_train"},
@@ -35,6 +35,7 @@ ORDER: tuple[set[str], ...] = (
     {"pipeline", "verifying"},
     {"sweep", "doctor"},
     {"cli_options"},
+    {"cli_stages"},
     {
         *("cli_bench", "cli_budget", "cli_data", "cli_doctor", "cli_evaluate", "cli_export", "cli_predict"),
         *("cli_package", "cli_prune", "cli_quantize", "cli_report", "cli_sweep"),

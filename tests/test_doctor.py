@@ -94,7 +94,7 @@ def test_every_package_of_pyproject_has_a_purpose():
 def test_int8_features_are_read_from_the_system(tmp_path, monkeypatch, flags, found, warned):
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor : 0\nmodel name : Some CPU\n{flags}\n\nprocessor : 1\n")
-    monkeypatch.setattr(machine, "_CPUINFO", path)
+    monkeypatch.setattr("aum_compress.processor._CPUINFO", path)
     cores, int8 = machine.cpu_findings()
     assert cores.note == "Some CPU"
     assert int8.found == found

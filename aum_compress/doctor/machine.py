@@ -2,14 +2,13 @@
 
 import logging
 import os
-import platform
 import shutil
 import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 from aum_compress.data.config import cache_root
 from aum_compress.doctor.findings import Finding
+from aum_compress.processor import processor, processor_flags
 
 INT8_FEATURES = {
     "avx512_vnni": "VNNI",
@@ -21,15 +20,13 @@ INT8_FEATURES = {
 """Flag of /proc/cpuinfo -> what it is called."""
 _EXACT = {"avx512_vnni", "avx_vnni", "asimddp", "i8mm"}
 LEAST_FREE_BYTES = 2_000_000_000
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_findings() -> list[Finding]:
     """Model and cores, and what int8 products will run on."""
     cores = os.cpu_count() or 1
-    described = _cpuinfo("model name") or platform.processor() or platform.machine()
-    findings = [Finding("processor", "cores", "ok", f"{cores}", described)]
-    flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+    findings = [Finding("processor", "cores", "ok", f"{cores}", processor())]
+    flags = processor_flags()
     if not flags:
         return [*findings, Finding("processor", "int8", "absent", "unknown", "this system does not list the features")]
     found = [title for flag, title in INT8_FEATURES.items() if flag in flags]
@@ -146,12 +143,3 @@ def cache_finding() -> Finding:
     if free < LEAST_FREE_BYTES:
         note += "; features of a large data set may not fit: name a folder with more room in AUM_CACHE"
     return Finding("cache", "folder", "ok", str(folder), note)
-
-
-def _cpuinfo(key: str) -> str:
-    """The first core's entry; empty where the system has no such file."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")

@@ -24,6 +24,7 @@ from onnxruntime import InferenceSession
 
 from aum_compress.errors import ModelFileError
 from aum_compress.export.runtime import open_session
+from aum_compress.processor import processor, processor_flags
 
 Feeds = Mapping[str, np.ndarray]
 _WARM_RUNS = 5
@@ -189,12 +190,9 @@ def peak_memory(path: Path, feeds: Feeds) -> tuple[int, int] | None:
 
 def machine() -> dict[str, Any]:
     """What ran the files."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
+    flags = processor_flags()
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": processor(),
         "simd": [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni") if name in flags],
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

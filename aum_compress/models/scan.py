@@ -150,26 +150,10 @@ def _both_ways(
         u_back, delta_back, B_back, C_back = (t.flip(-1) for t in (u, delta, B, C))
         D_back = D
     turned = selective_scan(u_back, delta_back, A_back, B_back, C_back, D_back, z.flip(-1), delta_softplus=True)
-    return y + turned.flip(-1)
+    return (y + turned.flip(-1)).contiguous()
 
 
-@torch.library.custom_op("aum_compress::two_way_scan", mutates_args=())
-def _two_way_node(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    A_back: Tensor,
-    u_back: Tensor | None,
-    delta_back: Tensor | None,
-    B_back: Tensor | None,
-    C_back: Tensor | None,
-    D_back: Tensor | None,
-) -> Tensor:
-    return _both_ways(u, delta, A, B, C, D, z, A_back, u_back, delta_back, B_back, C_back, D_back).contiguous()
+_two_way_node = torch.library.custom_op("aum_compress::two_way_scan", _both_ways, mutates_args=())
 
 
 @_two_way_node.register_fake

@@ -53,9 +53,18 @@ def html_page(
 ) -> str:
     """A whole page; `charts` by the key of the section in which they stand."""
     kind, symbol = _MARK[found.good]
-    title = escape(f"{name}: {found.headline.lower()}")
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in found.facts)
+    header = f"""<p class="over">aum-compress report, {escape(created)}</p>
+<h1>{escape(name)}</h1>
+<div class="verdict {kind}"><p><span class="symbol" aria-hidden="true">{symbol}</span>{escape(found.headline)}</p>
+{f"<ul>{facts}</ul>" if facts else ""}</div>
+{f"<p>Next:</p><pre>{escape(next_command)}</pre>" if next_command else ""}"""
     body = "\n".join(_section(section, charts.get(section.key, "")) for section in parts)
+    return page(f"{name}: {found.headline.lower()}", header, body)
+
+
+def page(title: str, header: str, main: str) -> str:
+    """The frame of every page. Args: title: in words; header, main: HTML."""
     style = files("aum_compress.report").joinpath("page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
@@ -65,20 +74,16 @@ def html_page(
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <link rel="icon" href="data:,">
-<title>{title}</title>
+<title>{escape(title)}</title>
 <style>
 {style}</style>
 </head>
 <body>
 <header>
-<p class="over">aum-compress report, {escape(created)}</p>
-<h1>{escape(name)}</h1>
-<div class="verdict {kind}"><p><span class="symbol" aria-hidden="true">{symbol}</span>{escape(found.headline)}</p>
-{f"<ul>{facts}</ul>" if facts else ""}</div>
-{f"<p>Next:</p><pre>{escape(next_command)}</pre>" if next_command else ""}
+{header}
 </header>
 <main>
-{body}
+{main}
 </main>
 </body>
 </html>

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from rich.table import Table
 
 from aum_compress.report.charts import Series, line_chart
+from aum_compress.report.html import page
 
 COLUMNS = ("dimension", "size", "left", "removed", "loss increase", "param bytes saved", "MACs saved")
 _MOST_CURVES = 3
@@ -51,25 +51,9 @@ def sensitivity_html(found: Mapping[str, Any]) -> str:
         f"<tr><td>{escape(row[0])}</td>{''.join(f'<td class=right>{escape(cell)}</td>' for cell in row[1:])}</tr>"
         for row in _rows(found)
     )
-    title = escape(f"{found['recipe']}: what pruning each dimension costs")
-    style = files("aum_compress.report").joinpath("page.css").read_text(encoding="utf-8")
+    title = f"{found['recipe']}: what pruning each dimension costs"
     lines = "".join(f"<p>{escape(line)}</p>" for line in sensitivity_lines(found))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1>{lines}</header>
-<main>
-<section><h2>Loss increase over the share removed</h2>
+    main = f"""<section><h2>Loss increase over the share removed</h2>
 <div class="pair">
 {charts}
 </div></section>
@@ -77,11 +61,8 @@ def sensitivity_html(found: Mapping[str, Any]) -> str:
 <div class="scroll" tabindex="0" role="region" aria-label="All that was tried"><table><thead><tr>{head}</tr></thead>
 <tbody>
 {body}
-</tbody></table></div></section>
-</main>
-</body>
-</html>
-"""
+</tbody></table></div></section>"""
+    return page(title, f"<h1>{escape(title)}</h1>{lines}", main)
 
 
 def _chart(title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
