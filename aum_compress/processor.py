@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
+_EXACT_INT8 = frozenset(("avx512_vnni", "avx_vnni", "asimddp", "i8mm"))
 
 
 def cpuinfo(key: str) -> str:
@@ -23,3 +24,8 @@ def processor() -> str:
 def processor_flags() -> frozenset[str]:
     """Instruction sets as Linux names them; empty where the system does not tell."""
     return frozenset((cpuinfo("flags") or cpuinfo("Features")).split())
+
+
+def exact_int8_products() -> bool:
+    """Whether sums of int8 products are known not to saturate: VNNI, or ARM's dot products."""
+    return bool(processor_flags() & _EXACT_INT8)

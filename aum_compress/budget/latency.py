@@ -8,20 +8,20 @@ from aum_compress.budget.analytic import analytic_macs
 from aum_compress.models.config import AudioMambaConfig, BlockConfig, Mamba2BlockConfig
 
 MICROSECONDS: dict[str, float] = {
-    "run": 30.9,
-    "conv_macs": 4.32e-06,
-    "depthwise_macs": 7.12e-05,
-    "stem_stages": 3.31,
-    "linear_macs": 1.09e-05,
-    "scan_steps": 0.965,
-    "scan_states": 0.000504,
-    "scan_activations": 0.022,
-    "scan_directions": 19.6,
-    "ssd_macs": 1.95e-05,
-    "ssd_decays": 0.000377,
-    "ssd_blocks": 30.3,
-    "conv_blocks": 10.3,
-    "activations": 0.00197,
+    "run": 15.3,
+    "conv_macs": 4.83e-06,
+    "depthwise_macs": 6.87e-05,
+    "stem_stages": 5.98,
+    "linear_macs": 5.26e-06,
+    "scan_steps": 1.17,
+    "scan_states": 0.000569,
+    "scan_activations": 0.00493,
+    "scan_directions": 13.4,
+    "ssd_macs": 1.3e-05,
+    "ssd_decays": 0.000764,
+    "ssd_blocks": 21.6,
+    "conv_blocks": 4.77,
+    "activations": 0.00151,
 }
 """Term -> cost of one."""
 
@@ -30,8 +30,9 @@ def latency_terms(config: AudioMambaConfig) -> dict[str, int]:
     """Term -> how many of them one clip takes.
 
     `run`: one. `conv_macs`, `depthwise_macs`, `stem_stages`: of the stem. `linear_macs`: of all other matrices.
-    `scan_steps`: of every scan, one after the other, each over all its sequences; `scan_states`: values of the state
-    written by them; `scan_activations`: values of width d_inner that surround them. `ssd_macs`, `ssd_decays`: the
+    `scan_steps`: of every block, both directions in one, each over all its sequences; `scan_states`: values of the
+    state written by them; `scan_activations`: values of width d_inner that surround them, once where directions share
+    projections. `ssd_macs`, `ssd_decays`: the
     products of Mamba-2 and its exponentials. `activations`: values of width d_inner, of any mixer and direction.
     `scan_directions`, `ssd_blocks`, `conv_blocks`: sets of nodes, whatever their size.
     """
@@ -53,11 +54,11 @@ def latency_terms(config: AudioMambaConfig) -> dict[str, int]:
         values = sequences * length * block.d_inner
         if isinstance(block, BlockConfig):
             directions = len(block.scans)
-            values *= directions
-            terms["scan_steps"] += directions * length
-            terms["scan_states"] += values * block.d_state
-            terms["scan_activations"] += values
+            terms["scan_steps"] += length
+            terms["scan_states"] += values * directions * block.d_state
             terms["scan_directions"] += directions
+            values *= len(block.projections)
+            terms["scan_activations"] += values
         elif isinstance(block, Mamba2BlockConfig):
             terms["ssd_decays"] += sequences * length * length * block.n_heads
             terms["ssd_blocks"] += 1

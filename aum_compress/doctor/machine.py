@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from aum_compress.data.config import cache_root
 from aum_compress.doctor.findings import Finding
-from aum_compress.processor import processor, processor_flags
+from aum_compress.processor import exact_int8_products, processor, processor_flags
 
 INT8_FEATURES = {
     "avx512_vnni": "VNNI",
@@ -18,7 +18,6 @@ INT8_FEATURES = {
     "i8mm": "int8 matrix products",
 }
 """Flag of /proc/cpuinfo -> what it is called."""
-_EXACT = {"avx512_vnni", "avx_vnni", "asimddp", "i8mm"}
 LEAST_FREE_BYTES = 2_000_000_000
 
 
@@ -31,7 +30,7 @@ def cpu_findings() -> list[Finding]:
         return [*findings, Finding("processor", "int8", "absent", "unknown", "this system does not list the features")]
     found = [title for flag, title in INT8_FEATURES.items() if flag in flags]
     note = "int8 files run as they are counted"
-    if not flags & _EXACT:
+    if not exact_int8_products():
         note = (
             "int8 products are summed in 16 bits here, which 8-bit weights may overflow: keep quantize.weight_bits at "
             "7, its default. int8 files are hardly faster than fp32 ones"
