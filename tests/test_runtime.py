@@ -160,6 +160,26 @@ def test_model_files_that_are_none_are_refused(tmp_path):
         open_session(tmp_path / "bad.onnx")
 
 
+@pytest.mark.parametrize("text", [b"features", b"logits", b"labels", b"n_fft"])
+def test_a_text_that_is_none_is_refused(text, tmp_path):
+    """Found by fuzzing: onnxruntime's names and metadata are bytes until someone asks for them."""
+    path = written(tmp_path, "fp32")
+    path.write_bytes(path.read_bytes().replace(text, b"\xb3\xff" + text[2:]))
+    with pytest.raises(ModelFileError, match="cannot load it .*'utf-8' codec can't decode"):
+        Classifier(path)
+
+
+def test_a_graph_that_stops_on_its_way_is_named(tmp_path):
+    """Found by fuzzing: shapes that do not fit are not all noticed when the file is opened."""
+    path = written(tmp_path, "fp32")
+    proto = onnx.load(path)
+    groups = [attribute for node in proto.graph.node for attribute in node.attribute if attribute.name == "group"]
+    groups[0].i = 1
+    onnx.save(proto, path)
+    with pytest.raises(ModelFileError, match=r"model-fp32\.onnx: onnxruntime .* cannot run it: .* Input channels"):
+        Classifier(path).logits(np.zeros((1, 1, 32, 17), dtype=np.float32))
+
+
 def test_metadata_that_contradicts_the_graph_is_refused(tmp_path):
     path = written(tmp_path, "fp32")
     proto = onnx.load(path)

@@ -18,14 +18,44 @@ from aum_compress.export.metadata import FEATURES, OnnxMetadata
 
 SHORTEST_REST = 0.1
 """Share of a window below which the end of a recording is left out."""
-_LOAD_ERRORS = (
+_ORT_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
     ort_errors.InvalidProtobuf,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
+    UnicodeDecodeError,  # names and metadata that are no text
 )
+
+
+class FileSession(InferenceSession):
+    """A session that names its file where a run fails: damage in a graph's shapes shows itself no earlier."""
+
+    def __init__(self, path: Path, content: bytes | None, options: onnxruntime.SessionOptions) -> None:
+        super().__init__(content or os.fspath(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        self._path = path
+        # onnxruntime decodes texts when they are asked for: what is none is found here, not somewhere later
+        _ = self.get_modelmeta().custom_metadata_map
+        _ = [(value.name, value.shape) for value in (*self.get_inputs(), *self.get_outputs())]
+
+    def run(self, *arguments: Any) -> list[Any]:
+        """As `InferenceSession.run`.
+
+        Raises:
+            ModelFileError: onnxruntime stopped at one of the graph's nodes, or the inputs are not the graph's.
+        """
+        try:
+            return super().run(*arguments)
+        except _ORT_ERRORS as error:
+            raise ModelFileError(
+                f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {_one_line(error)}. The graph "
+                "was altered after its export: export or copy it again"
+            ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def open_session(
@@ -35,7 +65,7 @@ def open_session(
     intra_op_num_threads: int = 0,
     content: bytes | None = None,
     profile: Path | None = None,
-) -> InferenceSession:
+) -> FileSession:
     """An onnxruntime session on the CPU.
 
     Args:
@@ -58,12 +88,11 @@ def open_session(
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     try:
-        return InferenceSession(content or os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except _LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())
+        return FileSession(path, content, options)
+    except _ORT_ERRORS as error:
         raise ModelFileError(
             f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({path.stat().st_size} bytes): "
-            f"{reason[:300]}. Not an ONNX file, cut short, or made for a newer onnxruntime: export or copy it again"
+            f"{_one_line(error)}. Not an ONNX file, cut short, or made for a newer onnxruntime: export or copy it again"
         ) from None
 
 
