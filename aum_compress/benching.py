@@ -21,7 +21,7 @@ from aum_compress.export.timing import (
     peak_memory,
     random_feeds,
 )
-from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
+from aum_compress.models.presets import PRESETS, front_end_of
 
 _LOADS, _PROFILED_RUNS = 5, 30
 THREADS = {"1": 1, "all": 0}
@@ -134,14 +134,14 @@ def _files(target: str) -> Iterator[dict[str, Path]]:
 
 
 def _exported_preset(name: str, folder: Path) -> Path:
-    from aum_compress.audio.config import InputSpec, LogMelConfig
+    from aum_compress.audio.config import InputSpec
     from aum_compress.export.metadata import OnnxMetadata
     from aum_compress.export.onnx_writer import export_onnx
     from aum_compress.models.factory import build_model
 
-    spec = InputSpec(front_end=LogMelConfig(n_mels=PRESET_MELS), clip_seconds=1.0)
+    spec = InputSpec(front_end=front_end_of(name), clip_seconds=1.0)
     labels = tuple(f"class {number}" for number in range(10))
-    model = build_model(PRESETS[name](PRESET_MELS, PRESET_FRAMES, len(labels))).eval()
+    model = build_model(PRESETS[name](*spec.feature_shape[1:], len(labels))).eval()
     path = folder / f"{name}.onnx"
     export_onnx(model, path, OnnxMetadata(labels=labels, input=spec.model_dump(mode="json"), precision="fp32"))
     return path

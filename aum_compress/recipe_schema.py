@@ -28,7 +28,9 @@ from aum_compress.models.storage import WEIGHT_BITS, QuantisedPrecision, WeightS
 from aum_compress.recipe_checks import NO_BLOCKS, misfits
 from aum_compress.recipe_train import DeviceTrainConfig, NonNegative, Positive, PositiveFloat, Section, TrainConfig
 
-Preset = Literal["aum-tiny", "aum-small", "aum-base", "student", "student-int8", "student-fp16", "cp-mobile"]
+Preset = Literal[
+    "aum-tiny", "aum-small", "aum-base", "student", "student-int8", "student-fp16", "student-edge", "cp-mobile"
+]
 
 
 def _one_folder(name: str) -> str:
@@ -60,6 +62,8 @@ class ModelSection(Section):
     pool: Literal["class_token", "mean"] | None = None
     position: Literal["absolute", "factorised", "rope", "none"] | None = None
     head: Literal["linear", "mlp", "batch_norm"] | None = None
+    mean_subtraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of each mel bin's mean over the clip that is taken off first: of the microphone, and of steady sound."""
 
     _reads_directions = model_validator(mode="before")(block_type_for_directions)
 
@@ -97,7 +101,7 @@ class ModelSection(Section):
             named = self.blocks or tuple(self._changed(block, base.d_model, d_model) for block in base.blocks)
             blocks = tuple(islice(cycle(named), self.depth or len(named)))
             changes = {"n_mels": n_mels, "n_frames": n_frames, "d_model": d_model, "blocks": blocks}
-            for key in ("stem", "pool", "position", "head"):
+            for key in ("stem", "pool", "position", "head", "mean_subtraction"):
                 if (value := getattr(self, key)) is not None:
                     changes[key] = value
             return AudioMambaConfig.model_validate(dict(base) | changes)

@@ -31,11 +31,10 @@ from aum_compress.export.runtime import open_session
 from aum_compress.export.timing import Spread, interleaved, machine, random_feeds
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import build_model
-from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
+from aum_compress.models.presets import EDGE, PRESETS, front_end_of
 
 RIVAL = "CP-Mobile"
 CLASSES = 10
-SPEC = InputSpec(front_end=LogMelConfig(), clip_seconds=1.0)
 
 
 def stem(*stages: tuple[int, int, int, float]) -> dict[str, Any]:
@@ -94,7 +93,7 @@ STEMS = {
 }
 """Channels of the stages; a plain one is a 3x3 convolution, the others inverted residuals. 16 x 9 cells where nothing
 else is said. Measured with one convolution block of 3 taps, whose time is taken off."""
-STUDENTS = ("student-int8", "student-fp16")
+STUDENTS = ("student-int8", "student-fp16", "student-edge")
 """Presets."""
 
 
@@ -117,14 +116,16 @@ def configurations() -> dict[str, AudioMambaConfig | CPMobileConfig]:
     for name, block in BLOCKS.items():
         found |= {f"block {depth} {name}": student(STEM, [block] * depth) for depth in (1, 3)}
     found |= {f"stem {name}": student(stages, [SMALL]) for name, stages in STEMS.items()}
-    presets = {name: PRESETS[name](PRESET_MELS, PRESET_FRAMES, CLASSES) for name in STUDENTS}
+    presets = {name: PRESETS[name](front_end_of(name).n_mels, 65, CLASSES) for name in STUDENTS}
     return found | {f"student {name}": config for name, config in presets.items()}
 
 
 def export(config: AudioMambaConfig | CPMobileConfig, path: Path) -> None:
     torch.manual_seed(0)
     labels = tuple(f"class {number}" for number in range(CLASSES))
-    metadata = OnnxMetadata(labels=labels, input=SPEC.model_dump(mode="json"), precision="fp32", recipe="latency")
+    front_end = EDGE if config.n_mels == EDGE.n_mels else LogMelConfig()
+    record = InputSpec(front_end=front_end, clip_seconds=1.0).model_dump(mode="json")
+    metadata = OnnxMetadata(labels=labels, input=record, precision="fp32", recipe="latency")
     export_onnx(build_model(config).eval(), path, metadata)
 
 

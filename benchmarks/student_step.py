@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from scan import machine
 
 from aum_compress.models.factory import build_model
-from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
+from aum_compress.models.presets import PRESETS, front_end_of
 from aum_compress.train.allocator import keep_freed_memory
 from aum_compress.train.module import parameter_groups
 
 BATCH, CLASSES = 32, 10
 RIVAL = "cp-mobile"
-NETWORKS = (RIVAL, "student-int8", "student-fp16")
+NETWORKS = (RIVAL, "student-int8", "student-fp16", "student-edge")
 PROFILED = 5
 KINDS = {
     "convolution": ("convolution", "mkldnn"),
@@ -41,10 +41,12 @@ KINDS = {
 
 def step_of(name: str) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = build_model(PRESETS[name](PRESET_MELS, PRESET_FRAMES, CLASSES)).train()
+    front_end = front_end_of(name)
+    shape = (front_end.n_mels, front_end.n_frames(1.0))
+    model = build_model(PRESETS[name](*shape, CLASSES)).train()
     model = model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(parameter_groups(model, 1e-3), lr=1e-4)
-    features, labels = torch.randn(BATCH, 1, PRESET_MELS, PRESET_FRAMES), torch.randint(CLASSES, (BATCH,))
+    features, labels = torch.randn(BATCH, 1, *shape), torch.randint(CLASSES, (BATCH,))
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)

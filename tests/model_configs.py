@@ -96,6 +96,7 @@ def audio_mambas(draw, blocks: st.SearchStrategy[Block] = BLOCKS) -> AudioMambaC
         pool=pool,
         position=draw(st.sampled_from(positions)),
         head=draw(st.sampled_from(heads)),
+        mean_subtraction=draw(st.sampled_from([0, 0.5])),
     )
 
 

@@ -243,3 +243,20 @@ def test_stem_that_leaves_no_token_is_refused():
 def test_first_conv_stage_has_to_be_plain():
     with pytest.raises(ValidationError, match="expansion must be 0"):
         ConvStem(stages=(ConvStage(channels=8),))
+
+
+def test_mean_subtraction_takes_off_its_share_of_what_a_microphone_adds():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, N_MELS, N_FRAMES, generator=generator)
+    response = torch.randn(1, 1, N_MELS, 1, generator=generator)
+    plain = trained_like(student_config())
+    halved, whole = (build_model(plain.config.model_copy(update={"mean_subtraction": share})) for share in (0.5, 1))
+    for model in (halved, whole):
+        model.load_state_dict(plain.state_dict())
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x + response), whole(x))
+        torch.testing.assert_close(halved(x + response), plain(x - 0.5 * x.mean(3, keepdim=True) + 0.5 * response))
+        assert (plain(x + response) - plain(x)).abs().max() > 1e-3
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        AudioMambaConfig.model_validate(student_config().model_dump() | {"mean_subtraction": 1.5})

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from aum_compress.audio.config import InputSpec, LogMelConfig
+from aum_compress.audio.config import InputSpec
 from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.dcase import dcase_bytes, dcase_macs, dcase_notes
@@ -23,7 +23,7 @@ from aum_compress.models.factory import Model, build_model, folded_config
 from aum_compress.models.integer_inputs import default_storages
 from aum_compress.models.mamba import MambaMixer
 from aum_compress.models.mamba2 import Mamba2Mixer
-from aum_compress.models.presets import LANES, PRESETS
+from aum_compress.models.presets import LANES, PRESETS, front_end_of
 from aum_compress.models.quantized import QuantizedLayer, stored_tensors, swap_in_quantized
 from aum_compress.models.storage import WEIGHT_BITS
 
@@ -156,7 +156,7 @@ def _parent_tensors(bundle: Bundle) -> Path | None:
 def check_preset(
     name: str, spec: InputSpec | None = None, n_classes: int = 10, limits: Limits | None = None
 ) -> BudgetReport:
-    """The budget of a named model, by default on one second of audio through the DCASE front-end.
+    """The budget of a named model, by default on one second of audio through the front-end it is made for.
 
     A preset of a lane is counted as it ships, at the lane's precision and with batch normalisation folded; all others
     as they are trained, in float32.
@@ -166,7 +166,7 @@ def check_preset(
     """
     if name not in PRESETS:
         raise AumError(f"no preset is named {name!r}; there are {', '.join(PRESETS)}")
-    spec = spec or InputSpec(front_end=LogMelConfig(), clip_seconds=1.0)
+    spec = spec or InputSpec(front_end=front_end_of(name), clip_seconds=1.0)
     _, n_mels, n_frames = spec.feature_shape
     try:
         config = PRESETS[name](n_mels, n_frames, n_classes)

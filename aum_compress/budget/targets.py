@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aum_compress.audio.config import InputSpec, LogMelConfig
+from aum_compress.audio.config import InputSpec
 from aum_compress.budget.records import BudgetReport, Limits
 from aum_compress.bundle import CARD, read_bundle
 from aum_compress.errors import AumError
-from aum_compress.models.presets import PRESETS
+from aum_compress.models.presets import PRESETS, front_end_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def check_target(target: str, limits: Limits, reading: Reading) -> BudgetReport:
         from aum_compress.budget.check import check_preset
 
         _refuse(target, "a preset", dims=reading.dims, trips=reading.trips)
-        spec = InputSpec(front_end=LogMelConfig(), clip_seconds=reading.clip_seconds or 1.0)
+        spec = InputSpec(front_end=front_end_of(target), clip_seconds=reading.clip_seconds or 1.0)
         return check_preset(target, spec, reading.n_classes or 10, limits)
     if not path.exists():
         raise AumError(

@@ -89,6 +89,8 @@ class AudioMamba(nn.Module):
     def embed(self, spectrogram: Tensor) -> Tensor:
         """Tokens (B,L,M) with learned positions and class token in place."""
         grid = self._grid(spectrogram)
+        if share := self.config.mean_subtraction:
+            spectrogram = spectrogram - share * spectrogram.mean(3, keepdim=True)
         tokens = self.patch_embed(spectrogram)
         rows = None if self.pos_embed is None else self.pos_embed(grid)
         if self.cls_token is None:

@@ -199,6 +199,9 @@ class AudioMambaConfig(Frozen):
     d_model: Positive
     blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     stem: Annotated[PatchStem | ConvStem, Field(discriminator="kind")]
+    mean_subtraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of each mel bin's mean over the clip that is taken off before the stem. A microphone's response adds a
+    constant to each bin of a log-mel; but so does steady sound, of which 1 leaves nothing."""
     pool: Literal["class_token", "mean"] = "mean"
     """`class_token`: a learned token in the middle of the sequence is read out, as in AuM. `mean`: mean over tokens."""
     position: Literal["absolute", "factorised", "rope", "none"] = "none"
