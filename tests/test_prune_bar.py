@@ -18,7 +18,7 @@ def bar(monkeypatch):
 
 @pytest.fixture
 def hand():
-    return PRESETS["student-int8"](256, 65, 10)
+    return PRESETS["student-edge"](64, 65, 10)
 
 
 def test_the_wide_student_is_three_times_the_limits(bar, hand):
@@ -32,7 +32,7 @@ def test_a_recipe_can_say_what_pruning_leaves(bar, hand):
         for number, stage in enumerate(hand.stem.stages)
     )
     pruned = hand.model_copy(update={"stem": hand.stem.model_copy(update={"stages": tuple(stages)})})
-    assert StudentSection.model_validate(bar.section_of(pruned)).resolve(256, 65, 10) == pruned
+    assert StudentSection.model_validate(bar.section_of(pruned)).resolve(64, 65, 10) == pruned
 
 
 def test_time_is_that_of_training_and_of_choosing(bar):
