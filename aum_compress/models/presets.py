@@ -91,8 +91,8 @@ def student_edge(n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig
     - A quarter of the map costs a quarter of the stem, most of which is convolutions on the large map; the front-end
       itself is a quarter as well (`front_end_of`). On ESC10-mobile it costs no accuracy (docs/students.md).
     - Stem: to 16 x 17 cells in two stages, where the channels are few, and to 8 x 9 by the third.
-    - Blocks as `student-int8`'s over half as many cells, 9 steps along time and 8 along mel, and with N = 4: what a scan
-      takes in time is work on states, and 8 of them were no better.
+    - Blocks as `student-int8`'s over half as many cells, 9 steps along time and 8 along mel, and with N = 4: most of a
+      scan's time is work on states, and 8 of them were no better.
     - Half of each bin's mean is taken off first: with few training devices, what a microphone adds is most of what
       misleads on others. All of it would leave nothing of steady sounds.
     """
