@@ -23,7 +23,7 @@ from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_writer import export_onnx, round_to_half
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig, uniform_blocks
 from aum_compress.models.factory import Model, build_model, fold_batch_norm, folded_config
-from aum_compress.models.presets import LANES, PRESET_FRAMES, PRESET_MELS, PRESETS, aum
+from aum_compress.models.presets import LANES, PRESETS, aum, front_end_of
 from aum_compress.models.quantized import QuantizedLayer, quantizable_layers, stored_tensors, swap_in_quantized
 from aum_compress.models.storage import Storage
 from aum_compress.publish import ExportOptions, export_bundle
@@ -138,7 +138,8 @@ def test_all_three_agree_on_macs_and_bytes_of_mixed_models(config, stored_as):
 def test_configuration_and_traced_graph_agree_on_every_preset(name):
     report = check_preset(name)  # raises where they do not
     assert report.witnesses == ("traced graph", "configuration")
-    config = PRESETS[name](PRESET_MELS, PRESET_FRAMES, 10)
+    front_end = front_end_of(name)
+    config = PRESETS[name](front_end.n_mels, front_end.n_frames(1.0), 10)
     assert report.macs == sum(analytic_macs(folded_config(config) if name in LANES else config).values())
 
 

@@ -1,5 +1,7 @@
 """Which tensor is stored how, what is refused, and that the simulation is what is stored."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from aum_compress.models.quantized import (
     QuantizedLayer,
     dequantize_weight,
     load_stored,
+    quantizable_layers,
     quantized_layers,
     stored_tensors,
     swap_in_quantized,
@@ -149,6 +152,18 @@ def test_unknown_layer_is_refused(choices):
         quantised(**choices)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int8-weight", "int4-weight"])
+def test_layers_whose_scales_take_what_they_save_stay_float16(weights):
+    """A scale takes 4 bytes an output: nothing is saved with 4 weights an output, nor with 2 of 4 bits."""
+    model = fold_batch_norm(trained_like(student_config()))  # 4 taps, and dt_rank 2
+    found = layer_storages(model, QuantizeSection(weights=weights))
+    small = {name: math.prod(layer.weight.shape[1:]) for name, layer in quantizable_layers(model).items()}
+    least = {"int8": 4, "int8-weight": 4, "int4-weight": 2}[weights]
+    assert {name for name in small if name not in found} == {name for name, values in small.items() if values <= least}
+    named = layer_storages(model, QuantizeSection(weights=weights, layers={"layers.0.mixer.conv1d": weights}))
+    assert named["layers.0.mixer.conv1d"] == weights, "who names a layer knows why"
+
+
 def test_scan_inputs_have_scales_of_their_own():
     quantized = quantised()
     mixer = quantized.layers[0].mixer
@@ -160,7 +175,7 @@ def test_scan_inputs_have_scales_of_their_own():
         projection = getattr(mixer, f"x_proj{suffix}")
         assert float(projection.input_scale) == scales[0], "u is rounded once for both that read it"
         assert int(projection.input_zero_point) == int(slots["u"].input_zero_point)
-    before_softplus = quantised(scan_inputs=("delta",))
+    before_softplus = quantised(scan_inputs=("delta",), layers={"layers.0.mixer.dt_proj": "int8"})
     assert set(quantized_layers(before_softplus).values()) == {"int8", "int8-smooth", "uint8"}
 
 

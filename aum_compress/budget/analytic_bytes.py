@@ -21,7 +21,7 @@ from aum_compress.models.config import (
     Mamba2BlockConfig,
     stem_grid,
 )
-from aum_compress.models.storage import NamedStorages, Storage, as_storages
+from aum_compress.models.storage import NamedStorages, Storage, WeightStorage, as_storages, saves_bytes
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Shape = tuple[int, ...]
@@ -42,10 +42,13 @@ class _Layer:
     at_int8: Storage | None = None
     """How an int8 file stores it by default, where that is not plain `int8` for a weight and float for the rest."""
 
-    def by_default(self, precision: str) -> Storage | None:
-        if precision == "int8":
-            return self.at_int8 or ("int8" if self.weight is not None else None)
-        return "int4-weight" if precision == "int4" and self.weight is not None else None
+    def by_default(self, precision: str, every_weight: bool) -> Storage | None:
+        if precision == "int8" and self.at_int8:
+            return self.at_int8
+        storage: WeightStorage | None = {"int8": "int8", "int4": "int4-weight"}.get(precision)
+        if storage is None or self.weight is None:
+            return None
+        return storage if every_weight or saves_bytes(self.weight, storage) else None
 
     def stored(self, precision: str, storage: Storage | None) -> Stored:
         """Args: storage: of the weight; None for a float one."""
@@ -66,17 +69,22 @@ class _Layer:
 
 
 def analytic_stored(
-    config: AudioMambaConfig, precision: Precision | Literal["mixed"], layers: NamedStorages | None = None
+    config: AudioMambaConfig,
+    precision: Precision | Literal["mixed"],
+    layers: NamedStorages | None = None,
+    *,
+    every_weight: bool = False,
 ) -> dict[str, Stored]:
     """Layer -> what a file of this precision stores of it.
 
     Args:
-        layers: those that are quantised, and how, which `mixed` needs; by default all matrices and kernels of an int8
-            or int4 file, as the defaults of a recipe's `quantize` section store them.
+        layers: those that are quantised, and how, which `mixed` needs; by default the matrices and kernels of an int8
+            or int4 file that are smaller so, as the defaults of a recipe's `quantize` section store them.
+        every_weight: by default all of them.
     """
     named = None if layers is None else as_storages(layers)
     found = {
-        name: layer.stored(precision, layer.by_default(precision) if named is None else named.get(name))
+        name: layer.stored(precision, layer.by_default(precision, every_weight) if named is None else named.get(name))
         for name, layer in _layers(config).items()
     }
     return {name: own for name, own in found.items() if own.param_bytes}

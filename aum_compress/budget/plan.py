@@ -274,7 +274,7 @@ def _config(wanted: Wanted, stem: Stem, d_model: int, block: Block, depth: int) 
 
 def _cost(wanted: Wanted, stem: Stem, d_model: int, block: Block, depth: int) -> Cost:
     config = _config(wanted, stem, d_model, block, depth)
-    stored = analytic_stored(config, wanted.precision).values()
+    stored = analytic_stored(config, wanted.precision, every_weight=wanted.limits.int8_weights).values()
     return Cost(
         sum(layer.param_bytes for layer in stored),
         sum(layer.params for layer in stored),

@@ -42,7 +42,10 @@ def write_student(rows: Sequence[Student], number: int, path: Path) -> None:
         f"for one second of audio; {student.binding} bind\n"
         f"# for features of {wanted.n_mels} mel bins x {wanted.n_frames} frames and {wanted.n_classes} classes\n"
     )
-    text = head + yaml.safe_dump({"student": student_section(student)}, sort_keys=False, default_flow_style=None)
+    sections: dict[str, Any] = {"student": student_section(student)}
+    if wanted.limits.int8_weights:  # those too that are no smaller for it
+        sections["quantize"] = {"layers": {"layers": "int8"}}
+    text = head + yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -18,7 +18,7 @@ from aum_compress.models.factory import Model, fold_batch_norm
 from aum_compress.models.fake_quantized import FakeQuantize, FakeQuantizedLayer, converted, value_range
 from aum_compress.models.integer_inputs import with_inputs
 from aum_compress.models.quantized import quantizable_layers, replace_module
-from aum_compress.models.storage import Storage, WeightStorage
+from aum_compress.models.storage import Storage, WeightStorage, saves_bytes
 from aum_compress.recipe_schema import QuantizeSection
 
 
@@ -76,7 +76,8 @@ def layer_storages(model: Model, section: QuantizeSection) -> dict[str, Storage]
     Raises:
         AumError: a name in `keep_float` or `layers` fits no layer.
     """
-    names = list(quantizable_layers(model))
+    layers = quantizable_layers(model)
+    names = list(layers)
     own = section.layers | dict.fromkeys(section.keep_float, "fp16")
     for key, given in (("keep_float", section.keep_float), ("layers", section.layers)):
         if unknown := [beginning for beginning in given if not any(name.startswith(beginning) for name in names)]:
@@ -84,9 +85,10 @@ def layer_storages(model: Model, section: QuantizeSection) -> dict[str, Storage]
     found: dict[str, WeightStorage] = {}
     for name in names:
         fitting = max((beginning for beginning in own if name.startswith(beginning)), key=len, default=None)
-        storage = section.weights if fitting is None else own[fitting]
-        if storage != "fp16":
-            found[name] = storage
+        if fitting is not None and own[fitting] != "fp16":
+            found[name] = own[fitting]
+        elif fitting is None and saves_bytes(layers[name].weight.shape, section.weights):
+            found[name] = section.weights
     return with_inputs(model, found, smoothing=section.smoothing > 0, scan_inputs=section.scan_inputs)
 
 

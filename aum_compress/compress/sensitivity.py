@@ -19,6 +19,7 @@ from aum_compress.models.fake_quantized import (
 )
 from aum_compress.models.integer_inputs import slots_made_by
 from aum_compress.models.mamba import SCAN_SLOTS
+from aum_compress.models.quantized import quantizable_layers
 from aum_compress.models.storage import QUANTISED_INPUTS, WeightStorage
 from aum_compress.recipe_schema import QuantizeSection
 
@@ -88,7 +89,8 @@ class Sensitivity:
 def rehearsal(model: Model, calibration: Iterable[Tensor], section: QuantizeSection) -> Model:
     """A fake-quantised model with every layer and every input of a scan ready to be quantised, whatever `section` says
     of single layers."""
-    whole = {"weights": "int8", "layers": {}, "keep_float": (), "scan_inputs": SCAN_SLOTS}
+    layers = dict.fromkeys(quantizable_layers(model), "int8")  # those too that are as small as float16
+    whole = {"layers": layers, "keep_float": (), "scan_inputs": SCAN_SLOTS}
     return prepare(model, calibration, section.model_copy(update=whole))
 
 

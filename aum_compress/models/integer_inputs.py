@@ -6,7 +6,7 @@ from aum_compress.models.factory import Model
 from aum_compress.models.mamba import SCAN_SLOTS
 from aum_compress.models.mamba2 import Mamba2Mixer
 from aum_compress.models.quantized import activation_slots, quantizable_layers
-from aum_compress.models.storage import QUANTISED_INPUTS, Storage, WeightStorage
+from aum_compress.models.storage import QUANTISED_INPUTS, Storage, WeightStorage, saves_bytes
 
 SCAN_INPUTS = ("u", "B", "C")
 """Those that are rounded by default."""
@@ -15,8 +15,9 @@ MAKES = {"x_proj": ("u", "B", "C"), "dt_proj": ("delta",)}
 
 
 def default_storages(model: Model) -> dict[str, Storage]:
-    """How the defaults of a recipe's `quantize` section store a model: every matrix and convolution int8."""
-    return with_inputs(model, dict.fromkeys(quantizable_layers(model), "int8"))
+    """How the defaults of a recipe's `quantize` section store a model: int8 wherever that saves bytes."""
+    layers = quantizable_layers(model).items()
+    return with_inputs(model, {name: "int8" for name, layer in layers if saves_bytes(layer.weight.shape, "int8")})
 
 
 def with_inputs(

@@ -3,7 +3,8 @@
 Torch-free. `models.quantized` has the layers that hold it.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 WeightStorage = Literal["int8", "int8-weight", "int4-weight"]
@@ -25,3 +26,11 @@ NamedStorages = Mapping[str, Storage] | Iterable[str]
 
 def as_storages(layers: NamedStorages) -> dict[str, Storage]:
     return dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, "int8")
+
+
+def saves_bytes(weight_shape: Sequence[int], storage: WeightStorage) -> bool:
+    """Whether a matrix or kernel (outputs, ...) takes fewer bytes so than as float16. A scale takes 4 bytes an output:
+    where an output has 4 weights or fewer (a convolution of 4 taps, a dt_proj of rank 4), int8 only costs digits, and
+    time around it."""
+    values = math.prod(weight_shape[1:])
+    return values * WEIGHT_BITS[storage] / 8 + 4 < 2 * values
