@@ -233,7 +233,8 @@ class QuantizeSection(Section):
     is stored as float16; the scan and its state run in float32. docs/quantisation.md says why."""
 
     weights: WeightStorage = "int8"
-    """Of every matrix and convolution. `int8`: with uint8 inputs; `int8-weight`, `int4-weight`: float32 inputs."""
+    """Of every matrix and convolution that is smaller so than as float16: one of at most 4 weights an output is not (2
+    with int4-weight). `int8`: with uint8 inputs; `int8-weight`, `int4-weight`: float32 inputs."""
     layers: dict[str, WeightStorage | Literal["fp16"]] = Field(default_factory=dict)
     """Name of a layer, or the beginning of one -> its own storage; the longest that fits decides."""
     keep_float: tuple[str, ...] = ()
