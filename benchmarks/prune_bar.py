@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from esc10_mobile import FRONT_END, STUDENT, Benchmark, add_training_arguments, append, parsed, read, run_config
+from esc10_mobile import EDGE, EDGE_FRONT_END, Benchmark, add_training_arguments, append, parsed, read, run_config
 
 from aum_compress.audio.config import LogMelConfig
 from aum_compress.budget.analytic import analytic_macs
@@ -136,8 +136,8 @@ class Bar:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.fold = arguments, Benchmark(arguments, arguments.fold)
-        front_end = LogMelConfig.model_validate(FRONT_END)
-        self.hand = PRESETS[STUDENT["preset"]](front_end.n_mels, front_end.n_frames(1.0), 10)
+        front_end = LogMelConfig.model_validate(EDGE_FRONT_END)
+        self.hand = PRESETS[EDGE["preset"]](front_end.n_mels, front_end.n_frames(1.0), 10)
         self.wide = wider(self.hand, WIDER)
         self.limits = cost(self.hand)
 
@@ -169,7 +169,7 @@ class Bar:
         return {"finetune": tuned, "last_epochs": last} | changes
 
     def sections(self, run: str) -> dict[str, Any]:
-        return {"features": FRONT_END} | self.stages(run)
+        return {"features": EDGE_FRONT_END} | self.stages(run)
 
     def stages(self, run: str) -> dict[str, Any]:
         own = self.arguments

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from esc10_mobile import FRONT_END, STUDENT, Benchmark, add_training_arguments, append, parsed, read
+from esc10_mobile import EDGE, EDGE_FRONT_END, Benchmark, add_training_arguments, append, parsed, read
 
 from aum_compress.bundle import read_bundle
 from aum_compress.data.cache import cache_index
@@ -50,30 +50,30 @@ STEM_128 = stem((8, 2, 2, 0), (32, 2, 2, 0), (32, 1, 1, 2), (56, 2, 2, 2), (56, 
 EIGHT = {"blocks": scans()}
 """8 states, as all but one choice."""
 CHOICES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "edge-mean-0": ("64 mel bins, nothing taken off", FRONT_END, STUDENT | EIGHT | {"mean_subtraction": 0}),
-    "edge-mean-0.5": ("half of each bin's mean taken off", FRONT_END, STUDENT | EIGHT),
-    "edge-mean-0.8": ("0.8 of it", FRONT_END, STUDENT | EIGHT | {"mean_subtraction": 0.8}),
-    "edge-4-states": ("half of it, 4 states in place of 8", FRONT_END, STUDENT | {"blocks": scans(states=4)}),
+    "edge-mean-0": ("64 mel bins, nothing taken off", EDGE_FRONT_END, EDGE | EIGHT | {"mean_subtraction": 0}),
+    "edge-mean-0.5": ("half of each bin's mean taken off", EDGE_FRONT_END, EDGE | EIGHT),
+    "edge-mean-0.8": ("0.8 of it", EDGE_FRONT_END, EDGE | EIGHT | {"mean_subtraction": 0.8}),
+    "edge-4-states": ("half of it, 4 states in place of 8", EDGE_FRONT_END, EDGE | {"blocks": scans(states=4)}),
     "conv-mean-0": (
         "convolutions in place of scans, nothing taken off",
-        FRONT_END,
-        STUDENT | {"mean_subtraction": 0, "blocks": CONVOLUTIONS},
+        EDGE_FRONT_END,
+        EDGE | {"mean_subtraction": 0, "blocks": CONVOLUTIONS},
     ),
-    "conv-mean-0.5": ("convolutions in place of scans, half", FRONT_END, STUDENT | {"blocks": CONVOLUTIONS}),
-    "128-mels": ("128 mel bins, n_fft 2048, half", MELS_128, STUDENT | EIGHT | {"stem": STEM_128}),
+    "conv-mean-0.5": ("convolutions in place of scans, half", EDGE_FRONT_END, EDGE | {"blocks": CONVOLUTIONS}),
+    "128-mels": ("128 mel bins, n_fft 2048, half", MELS_128, EDGE | EIGHT | {"stem": STEM_128}),
     "17-columns": (
         "17 columns in place of 9, nothing taken off",
-        FRONT_END,
-        STUDENT | EIGHT | {"mean_subtraction": 0, "stem": COLUMNS_17},
+        EDGE_FRONT_END,
+        EDGE | EIGHT | {"mean_subtraction": 0, "stem": COLUMNS_17},
     ),
     "wide": (
         "twice every width, 16 states, nothing taken off",
-        FRONT_END,
-        STUDENT | {"mean_subtraction": 0, "d_model": 128, "stem": WIDE_STEM, "blocks": scans(128, 16)},
+        EDGE_FRONT_END,
+        EDGE | {"mean_subtraction": 0, "d_model": 128, "stem": WIDE_STEM, "blocks": scans(128, 16)},
     ),
     "student-int8": ("student-int8 on 256 mel bins", {}, {"preset": "student-int8"}),
     "cp-mobile": ("CP-Mobile on 256 mel bins", {}, {"preset": "cp-mobile"}),
-    "cp-mobile-64": ("CP-Mobile on 64 mel bins", FRONT_END, {"preset": "cp-mobile"}),
+    "cp-mobile-64": ("CP-Mobile on 64 mel bins", EDGE_FRONT_END, {"preset": "cp-mobile"}),
 }
 """Name -> title, front-end, network."""
 
