@@ -1,0 +1,79 @@
+"""The benchmarks on ESC10-mobile: their networks are what their pages say, and their lists keep folds apart."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from audio_trees import META_COLUMNS, write_table
+
+from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.models.factory import folded_config
+from aum_compress.recipe_schema import StudentSection
+
+LABELS = ("bark", "rain")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import esc10_mobile
+    import student_choices
+
+    return SimpleNamespace(esc10=esc10_mobile, choices=student_choices)
+
+
+def int8_bytes(section: dict) -> int:
+    config = folded_config(StudentSection(**section).resolve(256, 65, 10))
+    return sum(layer.param_bytes for layer in analytic_stored(config, "int8").values())
+
+
+def test_convolutions_in_place_of_scans_take_as_many_bytes(benchmarks):
+    scan, convolution = (
+        int8_bytes(benchmarks.esc10.STUDENT | changes) for changes in ({}, {"blocks": benchmarks.esc10.CONVOLUTION})
+    )
+    assert convolution == pytest.approx(scan, rel=0.005)
+
+
+def test_every_configuration_is_a_recipe(benchmarks, tmp_path):
+    arguments = SimpleNamespace(data=tmp_path, responses=tmp_path, work=tmp_path, epochs=40, seed=0)
+    fold = benchmarks.esc10.Benchmark(arguments, 1)
+    for config, (title, sections) in benchmarks.esc10.CONFIGS.items():
+        recipe = fold.recipe(config, **sections(fold))
+        assert title
+        assert recipe.student, config
+        trained = recipe.distill.train if recipe.distill else recipe.student.train
+        assert trained.epochs == 40, "the same schedule for all"
+        assert (
+            not set(benchmarks.esc10.TEST_DEVICES) - {*trained.augment.device_response_exclude} or config == "cp-mobile"
+        )
+    learnt = fold.recipe("student-learnt-int8", **benchmarks.esc10.CONFIGS["student-learnt-int8"][1](fold))
+    assert learnt.name == fold.name("student-distilled"), "it goes on from the student that is there"
+
+
+def test_choices_are_made_on_folds_that_decide_nothing_else(benchmarks, tmp_path):
+    names = {
+        fold: [f"audio/{label}-{fold}-{device}.wav" for label in LABELS for device in "ab"] for fold in range(1, 6)
+    }
+    for fold, own in names.items():
+        others = [name for other, found in names.items() if other != fold for name in found if name.endswith("a.wav")]
+        for part, chosen in (("test", own), ("train", others)):
+            rows = [(name, name.split("/")[1].split("-")[0]) for name in chosen]
+            write_table(tmp_path / "split" / f"fold{fold}_{part}.csv", META_COLUMNS[:2], rows)
+    train, test = (path.read_text().splitlines()[1:] for path in benchmarks.choices.write_lists(tmp_path, tmp_path))
+    assert {line.split("-")[1] for line in train} == {"1", "2", "3"}
+    assert {line.split("-")[1] for line in test} == {"4", "5"}
+    assert len(train) == 3 * len(LABELS)
+    assert len(test) == 2 * 2 * len(LABELS)
+
+
+def test_tables_are_means_of_the_lines_that_are_there(benchmarks):
+    lines = [
+        {"choice": "edge-4-states", "seed": seed, "all": 80 + seed, "a": 85, "unseen": 77, "log_loss": 0.6}
+        for seed in (0, 1)
+    ]
+    assert "| 2 | 80.5 | 80.0, 81.0 | 85.0 | 77.0 | 0.600 |" in benchmarks.choices.summary(lines)
+    kept = benchmarks.esc10.read(benchmarks.esc10.RESULTS)
+    assert kept == [json.loads(line) for line in benchmarks.esc10.RESULTS.read_text().splitlines()]
+    table = benchmarks.esc10.summary([line for line in kept if line["config"] == "cp-mobile" and line["fold"] == 1])
+    assert "| CP-Mobile, its own recipe | fp16 | 1 | 119,588 | 29,416,448 | 80.6 |" in table
