@@ -3,10 +3,11 @@
     python benchmarks/student_latency.py [--rounds 400] [--files FOLDER] [--baseline FOLDER]
     python benchmarks/student_latency.py --markdown          tables of benchmarks/student_latency.json
 
-Random weights, fp32 ONNX, one thread, features to logits. All files take their turn in every round, so that whatever
-else the machine does falls on all of them alike. Measured is the processor's time; the figure of a file is what a tenth
-of its rounds stay below, which leaves out caches that others have filled; for whole students the rounds' ratios to
-CP-Mobile stand beside. A block's own time is half the difference of a student with three of it and one with one.
+Random weights, fp32 ONNX (and int8 of whole students), one thread, features to logits. All files take their turn in
+every round, so that whatever else the machine does falls on all of them alike. Measured is the processor's time; the
+figure of a file is what a tenth of its rounds stay below, which leaves out caches that others have filled; for whole
+students the rounds' ratios to CP-Mobile stand beside. A block's own time is half the difference of a student with three
+of it and one with one.
 
 `--files` keeps what is exported, so that a run that was stopped goes on. `--baseline` adds the .onnx files in a folder
 to the same rounds: the same students by an earlier version.
@@ -25,6 +26,7 @@ from onnxruntime import InferenceSession
 from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.compress.quantize import quantize
 from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_writer import export_onnx
 from aum_compress.export.runtime import open_session
@@ -93,6 +95,8 @@ STEMS = {
 }
 """Channels of the stages; a plain one is a 3x3 convolution, the others inverted residuals. 16 x 9 cells where nothing
 else is said. Measured with one convolution block of 3 taps, whose time is taken off."""
+INT8 = ", int8"
+"""Behind the name of a student: its int8 file, by the defaults of a recipe's `quantize`."""
 STUDENTS = ("student-int8", "student-fp16", "student-edge")
 """Presets."""
 
@@ -117,16 +121,19 @@ def configurations() -> dict[str, AudioMambaConfig | CPMobileConfig]:
         found |= {f"block {depth} {name}": student(STEM, [block] * depth) for depth in (1, 3)}
     found |= {f"stem {name}": student(stages, [SMALL]) for name, stages in STEMS.items()}
     presets = {name: PRESETS[name](front_end_of(name).n_mels, 65, CLASSES) for name in STUDENTS}
-    return found | {f"student {name}": config for name, config in presets.items()}
+    return found | {f"student {name}{kind}": config for name, config in presets.items() for kind in ("", INT8)}
 
 
-def export(config: AudioMambaConfig | CPMobileConfig, path: Path) -> None:
+def export(config: AudioMambaConfig | CPMobileConfig, path: Path, precision: str) -> None:
     torch.manual_seed(0)
+    model = build_model(config).eval()
+    if precision == "int8":
+        model = quantize(model, [torch.randn(64, 1, config.n_mels, config.n_frames)])
     labels = tuple(f"class {number}" for number in range(CLASSES))
     front_end = EDGE if config.n_mels == EDGE.n_mels else LogMelConfig()
     record = InputSpec(front_end=front_end, clip_seconds=1.0).model_dump(mode="json")
-    metadata = OnnxMetadata(labels=labels, input=record, precision="fp32", recipe="latency")
-    export_onnx(build_model(config).eval(), path, metadata)
+    metadata = OnnxMetadata(labels=labels, input=record, precision=precision, recipe="latency")
+    export_onnx(model, path, metadata)
 
 
 def measure(files: dict[str, Path], rounds: int) -> dict[str, tuple[Spread, Spread]]:
@@ -202,7 +209,7 @@ def main() -> None:
         files = {name: folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.onnx" for name in chosen}
         for name, path in files.items():
             if not path.exists():
-                export(chosen[name], path)
+                export(chosen[name], path, "int8" if name.endswith(INT8) else "fp32")
         if arguments.baseline:
             files |= {f"before: {path.stem}": path for path in sorted(arguments.baseline.glob("*.onnx"))}
         found = results(measure(files, arguments.rounds), chosen)
