@@ -18,7 +18,8 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ FILES = {"fp32": "model-fp32.onnx", "fp16": "model-fp16.onnx", "int8": "model-in
 BATCH = 256
 
 STUDENT = {"preset": "student-int8"}
-EDGE, EDGE_FRONT_END = {"preset": "student-edge"}, front_end_of("student-edge").model_dump(mode="json")
-"""The student where time counts, and what it hears; every other network hears DCASE's 256 mel bins."""
+EDGE_FRONT_END = front_end_of("student-edge").model_dump(mode="json")
+"""What `student-edge` hears; every other network hears DCASE's 256 mel bins."""
+EDGE = {"preset": "student-edge"}
 CONVOLUTION = [
     {"mixer": "conv", "d_inner": 76, "d_conv": 17, "along": "time"},
     {"mixer": "conv", "d_inner": 76, "d_conv": 31, "along": "mel"},
@@ -129,45 +131,29 @@ def _cp_mobile_distilled(fold: Benchmark) -> dict[str, Any]:
     return {"student": {"preset": "cp-mobile"}, "distill": fold.distillation()}
 
 
-def student(fold: Benchmark, **augment: Any) -> dict[str, Any]:
-    """The student from labels alone. Args: augment: what its augmentation has instead."""
+def student(fold: Benchmark, network: dict[str, Any] = STUDENT, **augment: Any) -> dict[str, Any]:
+    """A student from labels alone. Args: augment: what its augmentation has instead."""
     train = fold.training()
-    return {"student": STUDENT | {"train": train | {"augment": train["augment"] | augment}}}
+    return {"student": network | {"train": train | {"augment": train["augment"] | augment}}}
 
 
-def _edge(fold: Benchmark) -> dict[str, Any]:
-    return {"features": EDGE_FRONT_END, "student": EDGE | {"train": fold.training()}}
+def _distilled(fold: Benchmark, network: dict[str, Any] = STUDENT) -> dict[str, Any]:
+    return {"student": network, "distill": fold.distillation()}
 
 
-def _edge_distilled(fold: Benchmark) -> dict[str, Any]:
-    return {"features": EDGE_FRONT_END, "student": EDGE, "distill": fold.distillation()}
-
-
-def _student_distilled(fold: Benchmark) -> dict[str, Any]:
-    return {"student": STUDENT, "distill": fold.distillation()}
-
-
-def _learnt_int8(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[str, Any]:
+def _learnt_int8(fold: Benchmark, config: str) -> dict[str, Any]:
     """The student that `config` has trained, its int8 learnt: half as many epochs at a tenth of the rate."""
     train, name = fold.training(), fold.name(config)
     fewer = {"epochs": fold.arguments.epochs // 2, "learning_rate": train["learning_rate"] / 10, "warmup_epochs": 1}
-    return sections | {
+    return CONFIGS[config][1](fold) | {
         "name": name,
         "quantize": QUANTIZE | {"train": train | fewer},
         "export": EXPORT | {"name": f"{name}-learnt-int8"},
     }
 
 
-def _student_learnt_int8(fold: Benchmark) -> dict[str, Any]:
-    return _learnt_int8(fold, "student-distilled", _student_distilled(fold))
-
-
-def _edge_learnt_int8(fold: Benchmark) -> dict[str, Any]:
-    return _learnt_int8(fold, "student-edge-distilled", _edge_distilled(fold))
-
-
-def _convolution_distilled(fold: Benchmark) -> dict[str, Any]:
-    return {"student": STUDENT | {"blocks": CONVOLUTION}, "distill": fold.distillation()}
+def _on_edge(sections: Callable[..., dict[str, Any]]) -> Callable[[Benchmark], dict[str, Any]]:
+    return lambda fold: {"features": EDGE_FRONT_END} | sections(fold, EDGE)
 
 
 Configs = dict[str, tuple[str, Callable[[Benchmark], dict[str, Any]]]]
@@ -176,22 +162,25 @@ CONFIGS: Configs = {
     "cp-mobile-augmented": ("CP-Mobile, our augmentation", _cp_mobile_augmented),
     "student": ("student, no distillation", student),
     "cp-mobile-distilled": ("CP-Mobile, our teachers", _cp_mobile_distilled),
-    "student-distilled": ("student, our teachers", _student_distilled),
-    "student-learnt-int8": ("student, our teachers, int8 learnt", _student_learnt_int8),
+    "student-distilled": ("student, our teachers", _distilled),
+    "student-learnt-int8": ("student, our teachers, int8 learnt", partial(_learnt_int8, config="student-distilled")),
     "convolution-distilled": (
         "the scan replaced by a convolution of equal bytes, our teachers",
-        _convolution_distilled,
+        partial(_distilled, network=STUDENT | {"blocks": CONVOLUTION}),
     ),
-    "student-edge": ("student-edge, no distillation", _edge),
-    "student-edge-distilled": ("student-edge, our teachers", _edge_distilled),
-    "student-edge-learnt-int8": ("student-edge, our teachers, int8 learnt", _edge_learnt_int8),
+    "student-edge": ("student-edge, no distillation", _on_edge(student)),
+    "student-edge-distilled": ("student-edge, our teachers", _on_edge(_distilled)),
+    "student-edge-learnt-int8": (
+        "student-edge, our teachers, int8 learnt",
+        partial(_learnt_int8, config="student-edge-distilled"),
+    ),
 }
 """Name -> its row's title and its sections; in an order in which teachers come first."""
 _SHOWN = {
     "cp-mobile": ("fp16",),
     "cp-mobile-augmented": ("fp16",),
     "cp-mobile-distilled": ("fp16",),
-    "convolution-distilled": ("fp16",),
+    "convolution-distilled": ("fp16", "int8"),
     "student-learnt-int8": ("int8",),
     "student-edge-learnt-int8": ("int8",),
 }
@@ -200,17 +189,21 @@ TEACHERS = ("cp-mobile", "cp-mobile-augmented", "student")
 
 
 def measure(classifier: Classifier, test: CachedClips, seen: frozenset[str]) -> dict[str, Any]:
-    """Figures of one file on the test part; accuracies in percent, macro over the classes."""
+    """Figures of one file on the test part."""
     record = classifier.metadata.input
     logits = []
     for start in range(0, len(test), BATCH):
         features = ((test[start : start + BATCH] - record["mean"]) / record["std"]).astype(np.float32)[:, None]
         logits.append(classifier.logits(features))
-    logits = np.concatenate(logits)
-    number = {label: place for place, label in enumerate(classifier.labels)}
+    return figures(np.concatenate(logits), classifier.labels, test, seen)
+
+
+def figures(logits: np.ndarray, labels: Sequence[str], test: CachedClips, seen: frozenset[str]) -> dict[str, Any]:
+    """Of logits (n,C) for the test part; accuracies in percent, macro over the classes."""
+    number = {label: place for place, label in enumerate(labels)}
     targets = np.array([number[clip.label] for clip in test.clips])
     devices = np.array([clip.device for clip in test.clips])
-    found = classification_metrics(logits, targets, classifier.labels, list(devices), seen)
+    found = classification_metrics(logits, targets, labels, list(devices), seen)
     probabilities = np.exp(log_softmax(logits))
     return {
         "all": found["accuracy"],
@@ -317,7 +310,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
             found = [line["files"][precision] for line in own]
             if not found:
                 continue
-            figures = [
+            means = [
                 np.mean([file[key] for file in found])
                 for key in ("all", "a", "seen", "unseen", "clip_vote", "clip_vote_a")
             ]
@@ -329,7 +322,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
                     f"{found[0]['param_bytes']:,}",
                     f"{found[0]['macs']:,}",
                 ]
-                + [f"{figure:.1f}" for figure in figures]
+                + [f"{value:.1f}" for value in means]
                 + [
                     f"{np.mean([file['log_loss'] for file in found]):.3f}",
                     f"{np.mean([file['ece'] for file in found]):.1f}",

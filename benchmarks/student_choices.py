@@ -15,25 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from esc10_mobile import EDGE, EDGE_FRONT_END, Benchmark, add_training_arguments, append, parsed, read
+from esc10_mobile import EDGE, EDGE_FRONT_END, Benchmark, add_training_arguments, append, figures, parsed, read
+from student_latency import stem
 
 from aum_compress.bundle import read_bundle
 from aum_compress.data.cache import cache_index
 from aum_compress.data.index import load_index
 from aum_compress.data.splitting import read_table
 from aum_compress.pipeline import run
-from aum_compress.train.metrics import classification_metrics
 from aum_compress.train.predict import predict_logits
 
 RESULTS = Path(__file__).parent / "results" / "student_choices.jsonl"
 TRAIN_FOLDS, TEST_FOLDS = (1, 2, 3), (4, 5)
+FIGURES = ("all", "a", "unseen", "log_loss")
 MELS_128 = {"n_fft": 2048, "window_samples": 2048, "n_mels": 128}
-
-
-def stem(*stages: tuple[int, int, int, float]) -> dict[str, Any]:
-    """Of (channels, mel stride, frame stride, expansion) each."""
-    keys = ("channels", "stride_mels", "stride_frames", "expansion")
-    return {"kind": "conv", "token": "cell", "stages": [dict(zip(keys, stage)) for stage in stages]}
 
 
 def scans(width: int = 64, states: int = 8) -> list[dict[str, Any]]:
@@ -108,18 +103,12 @@ def measured(arguments: argparse.Namespace, choice: str, seed: int) -> dict[str,
     bundle = read_bundle(arguments.work / "runs" / recipe.name / "03-student")
     parts = cache_index(load_index(recipe.data, recipe.seed), recipe.features)
     logits = predict_logits(bundle.load_model(), parts.test, bundle.card.input)
-    numbers = {label: number for number, label in enumerate(bundle.card.labels)}
-    targets = np.array([numbers[clip.label] for clip in parts.test.clips])
-    devices = [clip.device for clip in parts.test.clips]
-    found = classification_metrics(logits, targets, bundle.card.labels, devices, parts.index.seen_devices)
+    found = figures(logits, bundle.card.labels, parts.test, parts.index.seen_devices)
     return {
         "choice": choice,
         "seed": seed,
         "epochs": arguments.epochs,
-        "all": found["accuracy"],
-        "a": found["by_device"]["a"],
-        "unseen": found["unseen"],
-        "log_loss": found["log_loss"],
+        **{key: found[key] for key in FIGURES},
     }
 
 
@@ -131,16 +120,10 @@ def summary(lines: list[dict[str, Any]]) -> str:
     rows = [("network", "seeds", "all devices", "each", "a", "unseen", "log loss"), ("---",) * 2 + ("---:",) * 5]
     for choice, (title, _, _) in CHOICES.items():
         if own := by_choice[choice]:
-            mean = {key: float(np.mean([line[key] for line in own])) for key in ("all", "a", "unseen", "log_loss")}
+            mean = {key: float(np.mean([line[key] for line in own])) for key in FIGURES}
             each = ", ".join(f"{line['all']:.1f}" for line in own)
-            figures = (
-                f"{mean['all']:.1f}",
-                each,
-                f"{mean['a']:.1f}",
-                f"{mean['unseen']:.1f}",
-                f"{mean['log_loss']:.3f}",
-            )
-            rows.append((title, str(len(own)), *figures))
+            row = (title, str(len(own)), f"{mean['all']:.1f}", each, f"{mean['a']:.1f}", f"{mean['unseen']:.1f}")
+            rows.append((*row, f"{mean['log_loss']:.3f}"))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -34,6 +34,7 @@ from aum_compress.export.timing import Spread, interleaved, machine, random_feed
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import build_model
 from aum_compress.models.presets import EDGE, PRESETS, front_end_of
+from aum_compress.recipe_schema import QuantizeSection
 
 RIVAL = "CP-Mobile"
 CLASSES = 10
@@ -95,8 +96,8 @@ STEMS = {
 }
 """Channels of the stages; a plain one is a 3x3 convolution, the others inverted residuals. 16 x 9 cells where nothing
 else is said. Measured with one convolution block of 3 taps, whose time is taken off."""
-INT8 = ", int8"
-"""Behind the name of a student: its int8 file, by the defaults of a recipe's `quantize`."""
+INT8: dict[str, dict[str, Any]] = {", int8": {}, ", every weight int8": {"layers": {"layers": "int8"}}}
+"""Behind the name of a student: its int8 file, by a recipe's `quantize`; by default small layers stay float16."""
 STUDENTS = ("student-int8", "student-fp16", "student-edge")
 """Presets."""
 
@@ -121,18 +122,22 @@ def configurations() -> dict[str, AudioMambaConfig | CPMobileConfig]:
         found |= {f"block {depth} {name}": student(STEM, [block] * depth) for depth in (1, 3)}
     found |= {f"stem {name}": student(stages, [SMALL]) for name, stages in STEMS.items()}
     presets = {name: PRESETS[name](front_end_of(name).n_mels, 65, CLASSES) for name in STUDENTS}
-    return found | {f"student {name}{kind}": config for name, config in presets.items() for kind in ("", INT8)}
+    return found | {f"student {name}{kind}": config for name, config in presets.items() for kind in ("", *INT8)}
 
 
-def export(config: AudioMambaConfig | CPMobileConfig, path: Path, precision: str) -> None:
+def export(config: AudioMambaConfig | CPMobileConfig, path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = build_model(config).eval()
-    if precision == "int8":
-        model = quantize(model, [torch.randn(64, 1, config.n_mels, config.n_frames)])
+    section = next((section for kind, section in INT8.items() if name.endswith(kind)), None)
+    if section is not None:
+        clips = torch.randn(64, 1, config.n_mels, config.n_frames)
+        model = quantize(model, [clips], QuantizeSection.model_validate(section))
     labels = tuple(f"class {number}" for number in range(CLASSES))
     front_end = EDGE if config.n_mels == EDGE.n_mels else LogMelConfig()
     record = InputSpec(front_end=front_end, clip_seconds=1.0).model_dump(mode="json")
-    metadata = OnnxMetadata(labels=labels, input=record, precision=precision, recipe="latency")
+    metadata = OnnxMetadata(
+        labels=labels, input=record, precision="fp32" if section is None else "int8", recipe="latency"
+    )
     export_onnx(model, path, metadata)
 
 
@@ -209,7 +214,7 @@ def main() -> None:
         files = {name: folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.onnx" for name in chosen}
         for name, path in files.items():
             if not path.exists():
-                export(chosen[name], path, "int8" if name.endswith(INT8) else "fp32")
+                export(chosen[name], path, name)
         if arguments.baseline:
             files |= {f"before: {path.stem}": path for path in sorted(arguments.baseline.glob("*.onnx"))}
         found = results(measure(files, arguments.rounds), chosen)

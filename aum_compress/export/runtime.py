@@ -39,18 +39,18 @@ class FileSession(InferenceSession):
         _ = self.get_modelmeta().custom_metadata_map
         _ = [(value.name, value.shape) for value in (*self.get_inputs(), *self.get_outputs())]
 
-    def run(self, *arguments: Any) -> list[Any]:
+    def run(self, output_names: Any, input_feed: Any, run_options: Any = None) -> list[Any]:
         """As `InferenceSession.run`.
 
         Raises:
             ModelFileError: onnxruntime stopped at one of the graph's nodes, or the inputs are not the graph's.
         """
         try:
-            return super().run(*arguments)
+            return super().run(output_names, input_feed, run_options)
         except _ORT_ERRORS as error:
             raise ModelFileError(
                 f"{self._path}: onnxruntime {onnxruntime.__version__} cannot run it: {_one_line(error)}. The graph "
-                "was altered after its export: export or copy it again"
+                "was altered after its export, or was fed what it does not read: export or copy it again"
             ) from None
 
 
