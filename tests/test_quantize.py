@@ -175,7 +175,7 @@ def test_scan_inputs_have_scales_of_their_own():
         projection = getattr(mixer, f"x_proj{suffix}")
         assert float(projection.input_scale) == scales[0], "u is rounded once for both that read it"
         assert int(projection.input_zero_point) == int(slots["u"].input_zero_point)
-    before_softplus = quantised(scan_inputs=("delta",), layers={"layers.0.mixer.dt_proj": "int8"})
+    before_softplus = quantised(scan_inputs=("delta",))  # asked for, it is rounded, however small dt_proj is
     assert set(quantized_layers(before_softplus).values()) == {"int8", "int8-smooth", "uint8"}
 
 

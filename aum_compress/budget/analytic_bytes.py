@@ -41,17 +41,17 @@ class _Layer:
     """Bias, norm, state matrix, positions: float at every precision."""
     at_int8: Storage | None = None
     """How an int8 file stores it by default, where that is not plain `int8` for a weight and float for the rest."""
-    made_by: Shape | None = None
-    """Of an activation: the matrix that makes it, and has integer inputs where it is an integer."""
+    feeds_scan: bool = False
+    """It makes inputs of a scan that an int8 file rounds, and is int8 there for that alone."""
 
     def by_default(self, precision: str, every_weight: bool) -> Storage | None:
-        decisive = self.weight or self.made_by
+        if self.weight is None:
+            return self.at_int8 if precision == "int8" else None
         storage: WeightStorage | None = {"int8": "int8", "int4": "int4-weight"}.get(precision)
-        if storage is None or decisive is None or not (every_weight or saves_bytes(decisive, storage)):
+        wanted = every_weight or (self.feeds_scan and storage == "int8")
+        if storage is None or not (wanted or saves_bytes(self.weight, storage)):
             return None
-        if precision == "int8" and self.at_int8:
-            return self.at_int8
-        return storage if self.weight is not None else None
+        return self.at_int8 or storage if storage == "int8" else storage
 
     def stored(self, precision: str, storage: Storage | None) -> Stored:
         """Args: storage: of the weight; None for a float one."""
@@ -146,13 +146,11 @@ def _mamba(name: str, block: BlockConfig, d_model: int) -> dict[str, _Layer]:
         f"{name}.in_proj": _Layer((2 * d_inner, d_model)),
         f"{name}.out_proj": _Layer((d_model, d_inner), at_int8="int8-smooth"),
     }
-    x_proj = (dt_rank + 2 * d_state, d_inner)
     for suffix in block.projections:
         for slot in SCAN_SLOTS:
-            at_int8: Storage | None = "uint8" if slot in SCAN_INPUTS else None
-            found[f"{name}.scan_{slot}{suffix}"] = _Layer(at_int8=at_int8, made_by=x_proj)
+            found[f"{name}.scan_{slot}{suffix}"] = _Layer(at_int8="uint8" if slot in SCAN_INPUTS else None)
         found[f"{name}.conv1d{suffix}"] = _with_bias(d_inner, 1, block.d_conv)
-        found[f"{name}.x_proj{suffix}"] = _Layer(x_proj)
+        found[f"{name}.x_proj{suffix}"] = _Layer((dt_rank + 2 * d_state, d_inner), feeds_scan=True)
         found[f"{name}.dt_proj{suffix}"] = _with_bias(d_inner, dt_rank)
     return found
 

@@ -16,9 +16,9 @@ from aum_compress.compress.smoothing import smooth
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, fold_batch_norm
 from aum_compress.models.fake_quantized import FakeQuantize, FakeQuantizedLayer, converted, value_range
-from aum_compress.models.integer_inputs import with_inputs
+from aum_compress.models.integer_inputs import with_inputs, worth_storing
 from aum_compress.models.quantized import quantizable_layers, replace_module
-from aum_compress.models.storage import Storage, WeightStorage, saves_bytes
+from aum_compress.models.storage import Storage, WeightStorage
 from aum_compress.recipe_schema import QuantizeSection
 
 
@@ -87,7 +87,7 @@ def layer_storages(model: Model, section: QuantizeSection) -> dict[str, Storage]
         fitting = max((beginning for beginning in own if name.startswith(beginning)), key=len, default=None)
         if fitting is not None and own[fitting] != "fp16":
             found[name] = own[fitting]
-        elif fitting is None and saves_bytes(layers[name].weight.shape, section.weights):
+        elif fitting is None and worth_storing(name, layers[name].weight.shape, section.weights, section.scan_inputs):
             found[name] = section.weights
     return with_inputs(model, found, smoothing=section.smoothing > 0, scan_inputs=section.scan_inputs)
 

@@ -1,6 +1,6 @@
 """What follows from how a layer is stored: inputs of a scan that become integers with it, inputs that are smoothed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from aum_compress.models.factory import Model
 from aum_compress.models.mamba import SCAN_SLOTS
@@ -15,9 +15,17 @@ MAKES = {"x_proj": ("u", "B", "C"), "dt_proj": ("delta",)}
 
 
 def default_storages(model: Model) -> dict[str, Storage]:
-    """How the defaults of a recipe's `quantize` section store a model: int8 wherever that saves bytes."""
+    """How the defaults of a recipe's `quantize` section store a model: int8 wherever that is worth it."""
     layers = quantizable_layers(model).items()
-    return with_inputs(model, {name: "int8" for name, layer in layers if saves_bytes(layer.weight.shape, "int8")})
+    worth = [name for name, layer in layers if worth_storing(name, layer.weight.shape, "int8", SCAN_INPUTS)]
+    return with_inputs(model, dict.fromkeys(worth, "int8"))
+
+
+def worth_storing(name: str, weight_shape: Sequence[int], storage: WeightStorage, scan_inputs: Iterable[str]) -> bool:
+    """Whether a layer is stored so where nobody names it: it saves bytes, or an input of a scan is to be rounded, which
+    only integer inputs of the layer that makes it bring about."""
+    feeds_scan = storage in QUANTISED_INPUTS and bool(slots_made_by(name, scan_inputs))
+    return feeds_scan or saves_bytes(weight_shape, storage)
 
 
 def with_inputs(

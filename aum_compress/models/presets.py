@@ -89,11 +89,11 @@ def student_edge(n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig
     """The int8 lane where time counts: 74,163 bytes and 7.1 MMAC with 10 classes, for 64 mel bins in place of 256.
 
     - A quarter of the map costs a quarter of the stem, most of which is convolutions on the large map; the front-end
-      itself is a quarter as well (`front_end_of`). On ESC10-mobile that costs nothing on devices that training has heard
-      and 5 points on others (docs/students.md).
+      itself is a quarter as well (`front_end_of`). On ESC10-mobile that costs nothing on devices that training has
+      heard and 5 points on others (docs/students.md).
     - Stem: to 16 x 17 cells in two stages, where the channels are few, and to 8 x 9 by the third.
-    - Blocks as `student-int8`'s over half as many cells, 9 steps along time and 8 along mel, and with N = 4, which takes
-      a fifth less time than N = 8; 8 states were no better in the runs there are.
+    - Blocks as `student-int8`'s over half as many cells, 9 steps along time and 8 along mel, and with N = 4: a fifth
+      less time than N = 8, which was no better in the runs there are.
     - Half of each bin's mean is taken off first, which on ESC10-mobile gave 2.6 points on devices that training had not
       heard; 0.8 of it gave no more. All of it would leave nothing of steady sounds.
     """
