@@ -7,22 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import inliner, numpy_helper, parser
+from onnx_text import graph, ones
 
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.onnx_graph import GraphCost, measure_graph
 from aum_compress.errors import AumError, ModelFileError
 from aum_compress.export.scan_function import scan_function
-
-
-def graph(text: str, **weights: np.ndarray) -> onnx.ModelProto:
-    """A model of operators from `text`, with initialisers."""
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {text}')
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
-    return model
-
-
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
 
 
 def measured(model: onnx.ModelProto, **options) -> GraphCost:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper, parser
+from onnx_text import graph, ones
 
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.onnx_bytes import (
@@ -29,17 +29,6 @@ from aum_compress.budget.onnx_file import read_onnx
 from aum_compress.budget.onnx_graph import measure_graph
 from aum_compress.budget.records import Limits, enforce
 from aum_compress.errors import AumError, BudgetExceeded, ModelFileError
-
-
-def graph(text: str, **weights: np.ndarray) -> onnx.ModelProto:
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {text}')
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
-    return model
-
-
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
-
 
 TWO_LAYERS = """g (float[1,6] x) => (float[1,3] z) {
     y = MatMul (x, one_weight)  a = Relu (y)  z = MatMul (a, two_weight)

@@ -5,7 +5,8 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper, parser
+from onnx import parser
+from onnx_text import graph, ones
 
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.onnx_graph import measure_graph
@@ -14,13 +15,7 @@ from aum_compress.budget.onnx_values import Origin, Value, tensor_type
 
 
 def peak(text: str, **weights: np.ndarray) -> int | None:
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}')
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
-    return measure_graph(model, "test.onnx").peak_activation_bytes
-
-
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, np.float32)
+    return measure_graph(graph(text, opset=21, **weights), "test.onnx").peak_activation_bytes
 
 
 @pytest.mark.parametrize(

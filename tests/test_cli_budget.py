@@ -8,7 +8,7 @@ import onnx
 import pytest
 from answers import answer, message, record
 from exported import written
-from onnx import numpy_helper, parser
+from onnx_text import graph
 from rich.console import Console
 from tiny_recipe import command
 
@@ -44,9 +44,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 def graph_file(path: Path, text: str, **weights: np.ndarray) -> Path:
     """An ONNX file of operators from `text`, with initialisers."""
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> {text}')
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
-    onnx.save(model, path)
+    onnx.save(graph(text, **weights), path)
     return path
 
 
