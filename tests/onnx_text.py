@@ -9,7 +9,8 @@ from aum_compress.budget.onnx_graph import measure_graph
 
 def graph(text: str, opset: int = 20, **weights: np.ndarray) -> onnx.ModelProto:
     """A model of operators from `text`, the standard's and onnxruntime's own, with initialisers."""
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}, "com.microsoft": 1]> {text}')
+    own = ', "com.microsoft": 1' * ("com.microsoft" in text)
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}{own}]> {text}')
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
     return model
 
