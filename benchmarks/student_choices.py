@@ -1,4 +1,4 @@
-"""Choices behind `student-edge` on ESC10-mobile: front-end, share of each bin's mean, states, mixer, width.
+"""Choices behind the presets of students on ESC10-mobile: front-end, share of each bin's mean, states, mixer, width.
 
     python benchmarks/student_choices.py --data DIR --responses DIR [--choices edge ...] [--seeds 0 1 2] [--epochs 30]
     python benchmarks/student_choices.py --summary        Markdown of benchmarks/results/student_choices.jsonl
@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from esc10_mobile import EDGE, EDGE_FRONT_END, Benchmark, add_training_arguments, append, figures, parsed, read
+from esc10_mobile import (
+    CONVOLUTION,
+    EDGE,
+    EDGE_FRONT_END,
+    STUDENT,
+    Benchmark,
+    add_training_arguments,
+    append,
+    figures,
+    parsed,
+    read,
+)
 from student_latency import stem
 
 from aum_compress.bundle import read_bundle
@@ -48,13 +59,13 @@ CHOICES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "edge-mean-0": ("64 mel bins, nothing taken off", EDGE_FRONT_END, EDGE | EIGHT | {"mean_subtraction": 0}),
     "edge-mean-0.5": ("half of each bin's mean taken off", EDGE_FRONT_END, EDGE | EIGHT),
     "edge-mean-0.8": ("0.8 of it", EDGE_FRONT_END, EDGE | EIGHT | {"mean_subtraction": 0.8}),
-    "edge-4-states": ("half of it, 4 states in place of 8", EDGE_FRONT_END, EDGE | {"blocks": scans(states=4)}),
-    "conv-mean-0": (
+    "student-edge": ("half of it, 4 states in place of 8: student-edge", EDGE_FRONT_END, EDGE),
+    "edge-conv-mean-0": (
         "convolutions in place of scans, nothing taken off",
         EDGE_FRONT_END,
         EDGE | {"mean_subtraction": 0, "blocks": CONVOLUTIONS},
     ),
-    "conv-mean-0.5": ("convolutions in place of scans, half", EDGE_FRONT_END, EDGE | {"blocks": CONVOLUTIONS}),
+    "edge-conv-mean-0.5": ("convolutions in place of scans, half", EDGE_FRONT_END, EDGE | {"blocks": CONVOLUTIONS}),
     "128-mels": ("128 mel bins, n_fft 2048, half", MELS_128, EDGE | EIGHT | {"stem": STEM_128}),
     "17-columns": (
         "17 columns in place of 9, nothing taken off",
@@ -66,7 +77,14 @@ CHOICES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         EDGE_FRONT_END,
         EDGE | {"mean_subtraction": 0, "d_model": 128, "stem": WIDE_STEM, "blocks": scans(128, 16)},
     ),
-    "student-int8": ("student-int8 on 256 mel bins", {}, {"preset": "student-int8"}),
+    "256-mean-0": ("256 mel bins, nothing taken off", {}, STUDENT | EIGHT | {"mean_subtraction": 0}),
+    "256-mean-0.5": ("256 mel bins, half of each bin's mean taken off", {}, STUDENT | EIGHT),
+    "student-int8": ("half of it, 4 states in place of 8: student-int8", {}, STUDENT),
+    "256-conv-mean-0.5": (
+        "256 mel bins, half, convolutions in place of scans",
+        {},
+        STUDENT | {"blocks": [block | {"d_inner": 76} for block in CONVOLUTION]},
+    ),
     "cp-mobile": ("CP-Mobile on 256 mel bins", {}, {"preset": "cp-mobile"}),
     "cp-mobile-64": ("CP-Mobile on 64 mel bins", EDGE_FRONT_END, {"preset": "cp-mobile"}),
 }
