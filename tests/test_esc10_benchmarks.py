@@ -69,7 +69,7 @@ def test_choices_are_made_on_folds_that_decide_nothing_else(benchmarks, tmp_path
 
 def test_tables_are_means_of_the_lines_that_are_there(benchmarks):
     lines = [
-        {"choice": "edge-4-states", "seed": seed, "all": 80 + seed, "a": 85, "unseen": 77, "log_loss": 0.6}
+        {"choice": "student-edge", "seed": seed, "all": 80 + seed, "a": 85, "unseen": 77, "log_loss": 0.6}
         for seed in (0, 1)
     ]
     assert "| 2 | 80.5 | 80.0, 81.0 | 85.0 | 77.0 | 0.600 |" in benchmarks.choices.summary(lines)
