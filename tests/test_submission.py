@@ -231,6 +231,15 @@ def test_a_second_system_joins_the_first(written, runs, tmp_path, monkeypatch):
     assert (place / "thesis").is_dir()
 
 
+def test_a_system_packed_anew_keeps_no_answers_of_the_one_before(written, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "check_package", lambda *_: None)
+    place = Path(shutil.copytree(written / "package", tmp_path / "package"))
+    outputs = place / "predictions" / f"{LABEL}_1"
+    assert {"output.csv", "test_accuracy.json"} <= {path.name for path in outputs.iterdir()}
+    record("package", runs / "05-prune", "--label", LABEL, "--to", place)
+    assert {path.name for path in outputs.iterdir()} == {"complexity.json", f"{LABEL}_1.meta.yaml"}
+
+
 def test_a_package_that_answers_otherwise_is_not_written(runs, tmp_path, monkeypatch):
     def altered(bundle):
         part = part_of(bundle)

@@ -132,7 +132,9 @@ def write_package(packing: Packing, folder: Path, limits: Limits | None = None) 
         complexity = _complexity(submission)
         _enforce_official(complexity, limits or Limits())
         predictions = beside / "predictions" / name
-        predictions.mkdir(parents=True, exist_ok=True)
+        if predictions.exists():  # of the system that had this index before: what is not written anew would be stale
+            shutil.rmtree(predictions)
+        predictions.mkdir(parents=True)
         _write_json(predictions / "complexity.json", complexity)
         results = test_results(submission, packing.data, packing.settings) if packing.data else None
         if results:
