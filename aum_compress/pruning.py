@@ -98,7 +98,7 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
 
     reads = {
         "section": section.model_dump(mode="json"),
-        "budget": [*target_limits(space.limits), vars(costing(space.recipe, 1.0))] if section.to_budget else None,
+        "budget": [*target_limits(space.limits), costing(space.recipe, 1.0).to_dict()] if section.to_budget else None,
         "distill": distillation.model_dump(mode="json", exclude={"train"}) if distillation else None,
         "teachers": [t.sha256 for t in teachers],
         "responses": space.responses_sha256(section.finetune),
@@ -107,11 +107,9 @@ def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
 
 
 def costing(recipe: Recipe, clip_seconds: float) -> Costing:
-    """At the precision of the file that the recipe ships; one whose layers differ counts as int8."""
+    """In the file that the recipe ships. What `quantize.search` will change of its layers is not known yet."""
     if section := recipe.quantize:
-        wide = [name for name, storage in section.layers.items() if storage == "fp16"]
-        precision = "int4" if section.precision == "int4" else "int8"
-        return Costing(precision, clip_seconds, (*section.keep_float, *wide))
+        return Costing(section.precision, clip_seconds, section)
     return Costing("fp16" if recipe.export and "fp16" in recipe.export.precisions else "fp32", clip_seconds)
 
 

@@ -12,6 +12,7 @@ from aum_compress.budget.analytic_bytes import analytic_stored
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import Stored
 from aum_compress.budget.stored import stored_by_module
+from aum_compress.compress.prune_plan import Costing
 from aum_compress.compress.quantize import layer_storages
 from aum_compress.models.config import (
     AudioMambaConfig,
@@ -23,7 +24,7 @@ from aum_compress.models.config import (
     PatchStem,
 )
 from aum_compress.models.factory import build_model, fold_batch_norm
-from aum_compress.models.quantized import stored_tensors, swap_in_quantized
+from aum_compress.models.quantized import quantizable_layers, stored_tensors, swap_in_quantized
 from aum_compress.recipe_schema import QuantizeSection
 
 small = st.integers(1, 9)
@@ -83,6 +84,31 @@ def counted(config: AudioMambaConfig, precision: str) -> dict[str, Stored]:
 def test_bytes_from_configuration_are_those_of_the_model_layer_by_layer(config, precision):
     with torch.random.fork_rng(devices=[]):
         assert analytic_stored(config, precision) == counted(config, precision)
+
+
+BEGINNINGS = ("patch_embed", "layers", "layers.0", "layers.0.mixer.in_proj", "layers.0.mixer.out_proj", "head")
+STORAGES = st.sampled_from(("fp16", "int8", "int8-weight", "int4-weight"))
+SECTIONS = st.builds(
+    QuantizeSection,
+    weights=st.sampled_from(("int8", "int8-weight", "int4-weight")),
+    layers=st.dictionaries(st.sampled_from((*BEGINNINGS, "layers.0.mixer.x_proj", "layers.0.mixer.dt_proj")), STORAGES),
+    keep_float=st.lists(st.sampled_from(BEGINNINGS), max_size=2),
+    scan_inputs=st.sampled_from(((), ("u", "B", "C"), ("u", "delta"), ("delta",))),
+    smoothing=st.sampled_from((0.0, 0.5)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configurations(), section=SECTIONS)
+def test_pruning_counts_the_bytes_of_the_file_that_the_quantize_section_makes(config, section):
+    with torch.random.fork_rng(devices=[]):
+        model = fold_batch_norm(build_model(config))
+    names = tuple(quantizable_layers(model))
+    fitting = {start: storage for start, storage in section.layers.items() if any(n.startswith(start) for n in names)}
+    section = section.model_copy(update={"layers": fitting})
+    swap_in_quantized(model, layer_storages(model, section))
+    stored = sum(tensor.nbytes for tensor in stored_tensors(model, half=True).values())
+    assert Costing(section.precision, 1.0, section)(config).param_bytes == stored
 
 
 def test_an_exported_file_stores_as_many(tmp_path):

@@ -27,6 +27,7 @@ from aum_compress.compress.prune_plan import (
 from aum_compress.compress.prune_slice import slice_model
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.config import BlockConfig, ConvBlockConfig, ConvStage, ConvStem, Mamba2BlockConfig
+from aum_compress.recipe_schema import QuantizeSection
 
 COSTING = Costing("int8", 1.0)
 KINDS = [kind for kinds in CHOICES.values() for kind in kinds]
@@ -330,7 +331,8 @@ def test_widths_stay_multiples_however_heads_and_their_channels_give_way():
 
 def test_layers_that_stay_float_cost_as_much():
     config = student_config()
-    wide = Costing("int8", 1.0, keep_float=("layers.0.mixer.in_proj", "head"))(config)
+    section = QuantizeSection(keep_float=("layers.0.mixer.in_proj", "head"))
+    wide = Costing("int8", 1.0, section)(config)
     assert wide.param_bytes > COSTING(config).param_bytes
     assert wide.macs == COSTING(config).macs == 2 * Costing("int8", 2.0)(config).macs
 

@@ -21,7 +21,7 @@ from aum_compress.models.config import (
     Mamba2BlockConfig,
     stem_grid,
 )
-from aum_compress.models.storage import NamedStorages, Storage, WeightStorage, as_storages, saves_bytes
+from aum_compress.models.storage import NamedStorages, Storable, Storage, WeightStorage, as_storages, saves_bytes
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Shape = tuple[int, ...]
@@ -91,6 +91,16 @@ def analytic_stored(
         for name, layer in _layers(config).items()
     }
     return {name: own for name, own in found.items() if own.param_bytes}
+
+
+def analytic_storable(config: AudioMambaConfig) -> Storable:
+    """What of the model can be stored as integers: what `models.integer_inputs.storable` finds in it."""
+    layers = _layers(config)
+    return Storable(
+        weights={name: layer.weight for name, layer in layers.items() if layer.weight is not None},
+        smoothed=[name for name, layer in layers.items() if layer.at_int8 == "int8-smooth"],
+        scan_slots={name for name in layers if name.rpartition(".")[2].startswith("scan_")},
+    )
 
 
 def _floats(shape: Shape, precision: str) -> Stored:

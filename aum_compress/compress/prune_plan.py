@@ -8,17 +8,19 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from aum_compress.budget.analytic import analytic_macs
-from aum_compress.budget.analytic_bytes import Precision, analytic_stored
-from aum_compress.budget.records import Limits, Stored, per_second
+from aum_compress.budget.analytic_bytes import Precision, analytic_storable, analytic_stored
+from aum_compress.budget.records import Limits, per_second
 from aum_compress.compress.prune_dimensions import Dimension, dimensions, resized
+from aum_compress.compress.quantize import storages_by
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.config import AudioMambaConfig
 from aum_compress.models.factory import folded_config
+from aum_compress.recipe_schema import QuantizeSection
 
 STATE_MULTIPLE = 2
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -49,19 +51,23 @@ class Cost(NamedTuple):
 class Costing:
     """What a configuration will cost in the file that ships."""
 
-    precision: Precision
+    precision: Precision | Literal["mixed"]
     clip_seconds: float
-    keep_float: tuple[str, ...] = ()
-    """Beginnings of names of layers that stay float16 in an int8 file."""
+    quantize: QuantizeSection | None = None
+    """How each layer of the file is stored; as `precision` stores it by default where there is none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: all that costs depend on."""
+        keys = {"weights", "layers", "keep_float", "smoothing", "scan_inputs"}
+        section = self.quantize and self.quantize.model_dump(mode="json", include=keys)
+        return {**vars(self), "quantize": section}
 
     def __call__(self, config: AudioMambaConfig) -> Cost:
         config = folded_config(config)
-        stored = analytic_stored(config, self.precision)
-        if self.precision == "int8" and self.keep_float:
-            wide = analytic_stored(config, "fp16")
-            stored = {
-                n: wide.get(n, Stored()) if n.startswith(self.keep_float) else layer for n, layer in stored.items()
-            }
+        if self.quantize:
+            stored = analytic_stored(config, "mixed", storages_by(self.quantize, analytic_storable(config)))
+        else:
+            stored = analytic_stored(config, self.precision)
         macs = per_second(sum(analytic_macs(config).values()), self.clip_seconds)
         return Cost(sum(layer.param_bytes for layer in stored.values()), macs)
 

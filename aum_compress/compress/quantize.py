@@ -16,9 +16,9 @@ from aum_compress.compress.smoothing import smooth
 from aum_compress.errors import AumError
 from aum_compress.models.factory import Model, fold_batch_norm
 from aum_compress.models.fake_quantized import FakeQuantize, FakeQuantizedLayer, converted, value_range
-from aum_compress.models.integer_inputs import with_inputs, worth_storing
-from aum_compress.models.quantized import quantizable_layers, replace_module
-from aum_compress.models.storage import Storage, WeightStorage
+from aum_compress.models.integer_inputs import storable, with_inputs, worth_storing
+from aum_compress.models.quantized import replace_module
+from aum_compress.models.storage import Storable, Storage, WeightStorage
 from aum_compress.recipe_schema import QuantizeSection
 
 
@@ -76,18 +76,23 @@ def layer_storages(model: Model, section: QuantizeSection) -> dict[str, Storage]
     Raises:
         AumError: a name in `keep_float` or `layers` fits no layer.
     """
-    layers = quantizable_layers(model)
-    names = list(layers)
-    own = section.layers | dict.fromkeys(section.keep_float, "fp16")
+    known = storable(model)
+    names = list(known.weights)
     for key, given in (("keep_float", section.keep_float), ("layers", section.layers)):
         if unknown := [beginning for beginning in given if not any(name.startswith(beginning) for name in names)]:
             raise AumError(f"quantize.{key}: {', '.join(unknown)}: no such layer; the model has {', '.join(names)}")
+    return storages_by(section, known)
+
+
+def storages_by(section: QuantizeSection, model: Storable) -> dict[str, Storage]:
+    """`layer_storages` from names and shapes alone; a name in `section` that fits no layer stores nothing."""
+    own = section.layers | dict.fromkeys(section.keep_float, "fp16")
     found: dict[str, WeightStorage] = {}
-    for name in names:
+    for name, shape in model.weights.items():
         fitting = max((beginning for beginning in own if name.startswith(beginning)), key=len, default=None)
         if fitting is not None and own[fitting] != "fp16":
             found[name] = own[fitting]
-        elif fitting is None and worth_storing(name, layers[name].weight.shape, section.weights, section.scan_inputs):
+        elif fitting is None and worth_storing(name, shape, section.weights, section.scan_inputs):
             found[name] = section.weights
     return with_inputs(model, found, smoothing=section.smoothing > 0, scan_inputs=section.scan_inputs)
 

@@ -6,7 +6,7 @@ from aum_compress.models.factory import Model
 from aum_compress.models.mamba import SCAN_SLOTS
 from aum_compress.models.mamba2 import Mamba2Mixer
 from aum_compress.models.quantized import activation_slots, quantizable_layers
-from aum_compress.models.storage import QUANTISED_INPUTS, Storage, WeightStorage, saves_bytes
+from aum_compress.models.storage import QUANTISED_INPUTS, Storable, Storage, WeightStorage, saves_bytes
 
 SCAN_INPUTS = ("u", "B", "C")
 """Those that are rounded by default."""
@@ -16,9 +16,15 @@ MAKES = {"x_proj": ("u", "B", "C"), "dt_proj": ("delta",)}
 
 def default_storages(model: Model) -> dict[str, Storage]:
     """How the defaults of a recipe's `quantize` section store a model: int8 wherever that is worth it."""
-    layers = quantizable_layers(model).items()
-    worth = [name for name, layer in layers if worth_storing(name, layer.weight.shape, "int8", SCAN_INPUTS)]
-    return with_inputs(model, dict.fromkeys(worth, "int8"))
+    found = storable(model)
+    worth = [name for name, shape in found.weights.items() if worth_storing(name, shape, "int8", SCAN_INPUTS)]
+    return with_inputs(found, dict.fromkeys(worth, "int8"))
+
+
+def storable(model: Model) -> Storable:
+    """What of `model` can be stored as integers; `analytic_storable` finds the same in its configuration."""
+    shapes = {name: tuple(layer.weight.shape) for name, layer in quantizable_layers(model).items()}
+    return Storable(shapes, smoothed_layers(model), activation_slots(model).keys())
 
 
 def worth_storing(name: str, weight_shape: Sequence[int], storage: WeightStorage, scan_inputs: Iterable[str]) -> bool:
@@ -29,7 +35,7 @@ def worth_storing(name: str, weight_shape: Sequence[int], storage: WeightStorage
 
 
 def with_inputs(
-    model: Model,
+    model: Storable,
     layers: Mapping[str, WeightStorage],
     *,
     smoothing: bool = True,
@@ -38,10 +44,9 @@ def with_inputs(
     """`layers`, those whose inputs are smoothed marked so, and the inputs of scans that are rounded because of them."""
     found: dict[str, Storage] = dict(layers)
     if smoothing:
-        found |= {name: "int8-smooth" for name in smoothed_layers(model) if found.get(name) == "int8"}
-    slots = activation_slots(model)
+        found |= {name: "int8-smooth" for name in model.smoothed if found.get(name) == "int8"}
     for name in [name for name, storage in found.items() if storage in QUANTISED_INPUTS]:
-        found |= {slot: "uint8" for slot in slots_made_by(name, scan_inputs) if slot in slots}
+        found |= {slot: "uint8" for slot in slots_made_by(name, scan_inputs) if slot in model.scan_slots}
     return found
 
 

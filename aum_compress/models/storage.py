@@ -4,7 +4,8 @@ Torch-free. `models.quantized` has the layers that hold it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 WeightStorage = Literal["int8", "int8-weight", "int4-weight"]
@@ -22,6 +23,18 @@ QUANTISED: tuple[QuantisedPrecision, ...] = ("mixed", "int4", "int8")
 
 NamedStorages = Mapping[str, Storage] | Iterable[str]
 """Name of a layer -> storage; where only names are given, `int8`."""
+
+
+@dataclass(frozen=True)
+class Storable:
+    """What of a model can be stored as integers, by name."""
+
+    weights: Mapping[str, Sequence[int]]
+    """Layer -> shape (outputs, ...) of its matrix or kernel."""
+    smoothed: Collection[str]
+    """The layers that smoothing gives a stored factor."""
+    scan_slots: Collection[str]
+    """Inputs of scans."""
 
 
 def as_storages(layers: NamedStorages) -> dict[str, Storage]:
