@@ -80,8 +80,9 @@ def export(
         return
 
     from aum_compress.bundle import read_bundle
+    from aum_compress.exporting import ExportOptions, export_bundle
     from aum_compress.models.storage import QUANTISED
-    from aum_compress.publish import ExportOptions, export_bundle, file_name
+    from aum_compress.publish import file_name
 
     bundle = read_bundle(source)
     default = (bundle.card.precision,) if bundle.card.precision in QUANTISED else ("fp32", "fp16")

@@ -33,8 +33,9 @@ from aum_compress.evaluate.subject import onnx_logits
 from aum_compress.export.metadata import FEATURES
 from aum_compress.export.runtime import Classifier
 from aum_compress.export.verify import Reference, verify_onnx
+from aum_compress.exporting import ExportOptions, export_bundle
 from aum_compress.packs import PACK, Pack, PackCard, is_pack, read_pack
-from aum_compress.publish import ExportOptions, export_bundle, file_name, gated_precision, torch_models
+from aum_compress.publish import file_name, gated_precision, torch_models
 from aum_compress.recipe import dump_recipe
 from aum_compress.recipe_schema import Recipe
 from aum_compress.stages import fine_tune, quantise

@@ -1,7 +1,6 @@
 """The last stages: ONNX files, their proof and measurement in onnxruntime, and the folder that ships."""
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from aum_compress.audio.reading import read_audio
-from aum_compress.budget.check import check_model
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import BudgetReport
 from aum_compress.bundle import (
@@ -29,20 +27,18 @@ from aum_compress.bundle import (
     write_bundle,
 )
 from aum_compress.console import log, progress
-from aum_compress.errors import BundleError, VerificationFailed
+from aum_compress.errors import VerificationFailed
 from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
 from aum_compress.export.model_card import MODEL_CARD, model_card
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed, round_to_half
 from aum_compress.export.ort_format import CONFIG, required_operators, write_ort
 from aum_compress.export.runtime import Classifier, open_session
-from aum_compress.export.scan_forms import ScanForm
 from aum_compress.export.timing import interleaved
 from aum_compress.export.verification import Verification
 from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.export.verify_inputs import golden_file
 from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.factory import Model
-from aum_compress.models.quantized import stored_tensors
 from aum_compress.models.storage import QUANTISED
 from aum_compress.recipe import dump_recipe
 from aum_compress.workspace import FOLDERS, Workspace
@@ -114,7 +110,7 @@ def export(space: Workspace, full: Bundle, quantized: Bundle | None) -> Bundle:
                 files[with_front_end.name] = with_front_end
             reporter.advance(done, len(models))
         if section.ort:
-            files |= _ort_files(Path(folder), files)
+            files |= ort_files(Path(folder), files)
         files[GOLDEN] = golden_file(golden_inputs(space.spec), models)
         files[RECIPE] = dump_recipe(space.recipe).encode()
         card = _card(space, parent, models[gated_precision(section.precisions)].config, inputs_sha256)
@@ -197,78 +193,13 @@ def _recordings(space: Workspace, count: int) -> np.ndarray | None:
     return found
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `export_bundle` writes."""
-
-    precisions: tuple[str, ...]
-    inputs: tuple[Reads, ...] = (FEATURES, WAVEFORM)
-    input_rate_hz: int | None = None
-    """Of the waveform; the front-end's own rate when left out."""
-    dynamic_batch: bool = False
-    scan: ScanForm = "scan"
-    ort: bool = False
-    """Each file in ORT format too, and the operators of a reduced build."""
-
-
-def _ort_files(folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
+def ort_files(folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
     """ORT format of the .onnx files among `files`, written to `folder`, and the configuration of a build for them."""
     written = []
     for name in (name for name in files if name.endswith(".onnx")):
         written.append((folder / name).with_suffix(".ort"))
         write_ort(folder / name, written[-1])
     return {path.name: path for path in written} | {CONFIG: required_operators(written).encode()}
-
-
-def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundle:
-    """Exports and verifies the model of one bundle, without a recipe or data: `folder` becomes a bundle of kind onnx.
-
-    Raises:
-        BundleError: a quantised precision that is not the model's, or a float precision from a quantised model.
-        VerificationFailed: nothing is written then.
-    """
-    card, precisions = bundle.card, options.precisions
-    able = (card.precision,) if card.precision in QUANTISED else ("fp32", "fp16")
-    if wrong := [precision for precision in precisions if precision not in able]:
-        raise BundleError(
-            f"{bundle.path}: holds {card.precision} and exports as {' and '.join(able)}, not {', '.join(wrong)}"
-        )
-    models = torch_models(bundle, bundle, precisions)
-    golden = golden_file(bundle.golden()[0], models)
-    with tempfile.TemporaryDirectory() as beside:
-        files: dict[str, bytes | Path] = {GOLDEN: golden}
-        for precision, model in models.items():
-            report = check_model(model, card.input, stored_tensors(model, half=precision != "fp32"))
-            metadata = OnnxMetadata(
-                labels=card.labels,
-                input=card.input.model_dump(),
-                precision=precision,
-                budget={key: value for key, value in report.to_dict().items() if key in BUDGET_KEYS},
-                recipe=card.recipe,
-                parent_sha256=bundle.sha256,
-            )
-            targets = {reads: Path(beside) / file_name(precision, reads) for reads in (FEATURES, WAVEFORM)}
-            export_onnx(model, targets[FEATURES], metadata, dynamic_batch=options.dynamic_batch, scan=options.scan)
-            if WAVEFORM in options.inputs:
-                write_waveform_file(targets[FEATURES], targets[WAVEFORM], options.input_rate_hz)
-            for reads in options.inputs:
-                verify_onnx(targets[reads], Reference(model, card.labels, card.input)).enforce()
-                files[targets[reads].name] = targets[reads]
-        if options.ort:
-            files |= _ort_files(Path(beside), files)
-        files[MODEL_CARD] = model_card([path for name, path in files.items() if name.endswith(".onnx")]).encode()
-        exported = card.model_copy(
-            update={
-                "kind": "onnx",
-                "stage": "export",
-                "parent": ParentRef(path=os.path.relpath(bundle.path, folder), sha256=bundle.sha256),
-                "model": models[gated_precision(precisions)].config,
-                "precision": gated_precision(precisions),
-                "versions": tool_versions(),
-                "created": now(),
-            }
-        )
-        return write_bundle(folder, exported, files)
 
 
 def _accuracy(space: Workspace, path: Path) -> dict[str, Any]:

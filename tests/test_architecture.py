@@ -29,7 +29,7 @@ ORDER: tuple[set[str], ...] = (
     {"workspace"},
     {"teaching", "quantising"},
     {"stages", "publish", "evaluate", "benching", "comparing"},
-    {"pruning"},
+    {"pruning", "exporting"},
     {"prune_sensitivity"},
     {"submission", "devices"},
     {"pipeline", "verifying"},

@@ -21,12 +21,12 @@ from aum_compress.bundle import BundleCard, model_files, write_bundle
 from aum_compress.compress.quantize import layer_storages
 from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.onnx_writer import export_onnx, round_to_half
+from aum_compress.exporting import ExportOptions, export_bundle
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig, uniform_blocks
 from aum_compress.models.factory import Model, build_model, fold_batch_norm, folded_config
 from aum_compress.models.presets import LANES, PRESETS, aum, front_end_of
 from aum_compress.models.quantized import QuantizedLayer, quantizable_layers, stored_tensors, swap_in_quantized
 from aum_compress.models.storage import Storage
-from aum_compress.publish import ExportOptions, export_bundle
 from aum_compress.recipe_schema import QuantizeSection
 
 SECTIONS = st.one_of(

@@ -235,13 +235,26 @@ def test_export_in_the_format_of_onnxruntime(runs, exports, tmp_path):
 def test_export_never_replaces_a_folder_of_other_things(runs, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("three years")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aum_compress.publish.export_onnx", _write_nothing)
-    monkeypatch.setattr("aum_compress.publish.write_waveform_file", _write_nothing)
-    monkeypatch.setattr("aum_compress.publish.model_card", lambda files: "")
-    monkeypatch.setattr("aum_compress.publish.verify_onnx", lambda path, reference: _Passed())
+    monkeypatch.setattr("aum_compress.exporting.export_onnx", _write_nothing)
+    monkeypatch.setattr("aum_compress.exporting.write_waveform_file", _write_nothing)
+    monkeypatch.setattr("aum_compress.exporting.model_card", lambda files: "")
+    monkeypatch.setattr("aum_compress.exporting.verify_onnx", lambda path, reference: _Passed())
     for to in (".", tmp_path, tmp_path / "thesis.txt"):
         assert "holds something other than a bundle" in message("export", runs / "06-quantize", "--to", to)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_export_never_replaces_a_model(copied, tmp_path):
+    runs = copied / "runs" / "tiny"
+    source, other = runs / "06-quantize", runs / "05-prune"
+    before = {path: path.read_bytes() for path in (*source.iterdir(), *other.iterdir())}
+    words = ("export", source, "--input", "features", "--to")
+    assert "is the bundle to be exported, which would be lost" in message(*words, source / ".." / "06-quantize")
+    assert "holds the model of stage prune of recipe tiny, which would be lost" in message(*words, other)
+    assert {path: path.read_bytes() for path in before} == before
+    for _ in range(2):  # an earlier export is replaced
+        answer(*words, tmp_path / "new")
+    assert read_bundle(tmp_path / "new").card.inputs_sha256 == "", "no recipe takes it for its own stage's result"
 
 
 def _write_nothing(source, target, *_, **__) -> None:

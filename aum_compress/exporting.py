@@ -1,0 +1,103 @@
+"""`aum-compress export`: one bundle, or one exported file, without a recipe or data."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from aum_compress.budget.check import check_model
+from aum_compress.bundle import CARD, GOLDEN, Bundle, ParentRef, now, read_bundle, tool_versions, write_bundle
+from aum_compress.errors import BundleError
+from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
+from aum_compress.export.model_card import MODEL_CARD, model_card
+from aum_compress.export.onnx_writer import export_onnx
+from aum_compress.export.scan_forms import ScanForm
+from aum_compress.export.verify import Reference, verify_onnx
+from aum_compress.export.verify_inputs import golden_file
+from aum_compress.export.waveform_input import write_waveform_file
+from aum_compress.models.quantized import stored_tensors
+from aum_compress.models.storage import QUANTISED
+from aum_compress.publish import BUDGET_KEYS, file_name, gated_precision, ort_files, torch_models
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export_bundle` writes."""
+
+    precisions: tuple[str, ...]
+    inputs: tuple[Reads, ...] = (FEATURES, WAVEFORM)
+    input_rate_hz: int | None = None
+    """Of the waveform; the front-end's own rate when left out."""
+    dynamic_batch: bool = False
+    scan: ScanForm = "scan"
+    ort: bool = False
+    """Each file in ORT format too, and the operators of a reduced build."""
+
+
+def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundle:
+    """Exports and verifies the model of one bundle, without a recipe or data: `folder` becomes a bundle of kind onnx.
+
+    Raises:
+        BundleError: a quantised precision that is not the model's, a float precision from a quantised model, or a
+            `folder` that holds a model.
+        VerificationFailed: nothing is written then.
+    """
+    card, precisions = bundle.card, options.precisions
+    able = (card.precision,) if card.precision in QUANTISED else ("fp32", "fp16")
+    if wrong := [precision for precision in precisions if precision not in able]:
+        raise BundleError(
+            f"{bundle.path}: holds {card.precision} and exports as {' and '.join(able)}, not {', '.join(wrong)}"
+        )
+    _keep_models(bundle, folder)
+    models = torch_models(bundle, bundle, precisions)
+    golden = golden_file(bundle.golden()[0], models)
+    with tempfile.TemporaryDirectory() as beside:
+        files: dict[str, bytes | Path] = {GOLDEN: golden}
+        for precision, model in models.items():
+            report = check_model(model, card.input, stored_tensors(model, half=precision != "fp32"))
+            metadata = OnnxMetadata(
+                labels=card.labels,
+                input=card.input.model_dump(),
+                precision=precision,
+                budget={key: value for key, value in report.to_dict().items() if key in BUDGET_KEYS},
+                recipe=card.recipe,
+                parent_sha256=bundle.sha256,
+            )
+            targets = {reads: Path(beside) / file_name(precision, reads) for reads in (FEATURES, WAVEFORM)}
+            export_onnx(model, targets[FEATURES], metadata, dynamic_batch=options.dynamic_batch, scan=options.scan)
+            if WAVEFORM in options.inputs:
+                write_waveform_file(targets[FEATURES], targets[WAVEFORM], options.input_rate_hz)
+            for reads in options.inputs:
+                verify_onnx(targets[reads], Reference(model, card.labels, card.input)).enforce()
+                files[targets[reads].name] = targets[reads]
+        if options.ort:
+            files |= ort_files(Path(beside), files)
+        files[MODEL_CARD] = model_card([path for name, path in files.items() if name.endswith(".onnx")]).encode()
+        exported = card.model_copy(
+            update={
+                "kind": "onnx",
+                "stage": "export",
+                "inputs_sha256": "",  # what a stage has read: no recipe may take this for its stage's result
+                "parent": ParentRef(path=os.path.relpath(bundle.path, folder), sha256=bundle.sha256),
+                "model": models[gated_precision(precisions)].config,
+                "precision": gated_precision(precisions),
+                "versions": tool_versions(),
+                "created": now(),
+            }
+        )
+        return write_bundle(folder, exported, files)
+
+
+def _keep_models(bundle: Bundle, folder: Path) -> None:
+    """An export can be made again from its model, a model only by training: none is ever replaced by its export.
+
+    Raises:
+        BundleError: `folder` is the bundle itself, or holds another model.
+    """
+    if folder.resolve() == bundle.path.resolve():
+        raise BundleError(f"--to {folder}: is the bundle to be exported, which would be lost; name a new folder")
+    if (folder / CARD).is_file() and (there := read_bundle(folder).card).kind == "model":
+        raise BundleError(
+            f"--to {folder}: holds the model of stage {there.stage} of recipe {there.recipe}, which would be lost; "
+            "name a new folder, or one with an earlier export"
+        )
