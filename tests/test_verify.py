@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from aum_compress.bundle import BundleCard, now, write_bundle
 from aum_compress.errors import ModelFileError, VerificationFailed
+from aum_compress.export.metadata import Precision
 from aum_compress.export.verification import (
     TOLERANCES,
     Check,
@@ -317,6 +319,13 @@ def test_accuracy_may_fall_by_a_little_and_no_more():
     assert not compare_accuracy("clips", 5000, 58.9, 60.0, "int8").passed
     assert compare_accuracy("clips", 50, 58.0, 60.0, "fp32").passed, "one clip of 50"
     assert not compare_accuracy("clips", 50, 56.0, 60.0, "fp32").passed
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_every_precision_has_its_limits(precision):
+    assert compare_accuracy("clips", 5000, 60.0, 60.05, precision).passed
+    assert not compare_accuracy("clips", 5000, 58.9, 60.0, precision).passed
+    assert {(precision, False), (precision, True)} <= TOLERANCES.keys()
 
 
 @settings(max_examples=30, deadline=None)
