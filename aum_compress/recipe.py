@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from aum_compress.errors import RecipeError, join_problems
 from aum_compress.recipe_schema import Recipe
@@ -66,6 +66,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: wanted sections (data:, student:, ...), found {type(raw).__name__}")
+    raw = _unshared(raw)
     for setting in settings:
         _apply_setting(raw, setting)
     raw["name"] = raw.get("name") or path.stem
@@ -82,7 +83,28 @@ def validate_recipe(raw: dict[str, Any], where: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, defaults filled in; reading it back gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
+    return yaml.safe_dump(_without_absent(recipe, recipe.model_dump(mode="json", by_alias=True)), sort_keys=False)
+
+
+def _without_absent(value: Any, dumped: Any) -> Any:
+    """`dumped`, which is `value` for JSON, without what is null by default; a null that switches off stays."""
+    if isinstance(value, BaseModel):
+        fields = {field.serialization_alias or name: (name, field) for name, field in type(value).model_fields.items()}
+        return {
+            key: _without_absent(getattr(value, fields[key][0]), each)
+            for key, each in dumped.items()
+            if each is not None or fields[key][1].get_default(call_default_factory=True) is not None
+        }
+    if isinstance(value, list | tuple):
+        return [_without_absent(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML's `*anchor` names is there each time by itself, so that one of them can be changed."""
+    if isinstance(value, dict):
+        return {key: _unshared(each) for key, each in value.items()}
+    return [_unshared(each) for each in value] if isinstance(value, list) else value
 
 
 def _apply_setting(raw: dict[str, Any], setting: str) -> None:
@@ -101,10 +123,7 @@ def _apply_setting(raw: dict[str, Any], setting: str) -> None:
         place = place[section]
         if not isinstance(place, dict):
             raise RecipeError(f"--set {setting}: {section} is not a section but {place!r}")
-    if value is None and last in place:
-        del place[last]  # `--set prune=null` takes a section out
-    else:
-        place[last] = value
+    place[last] = value
 
 
 def _problems(error: ValidationError) -> list[str]:

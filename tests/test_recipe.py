@@ -64,6 +64,25 @@ def test_resolved_recipe_reads_back_equal(minimal, tmp_path):
     assert "lambda: 0.5" in again.read_text()
 
 
+def test_a_setting_changes_the_section_it_names_and_no_other():
+    """The shipped recipes say a training once, behind a YAML anchor."""
+    path = find_recipe("quickstart")
+    before, after = load_recipe(path), load_recipe(path, ["distill.train.augment.mixstyle_p=0"])
+    assert before.distill.train.augment.mixstyle_p == before.teacher.train.augment.mixstyle_p > 0
+    assert after.distill.train.augment.mixstyle_p == 0
+    assert (after.teacher, after.prune) == (before.teacher, before.prune)
+
+
+def test_null_switches_off_what_has_a_default(minimal, tmp_path):
+    recipe = load_recipe(minimal, ["student.train.gradient_clip=null"])
+    assert load_recipe(minimal).student.train.gradient_clip == 1.0
+    assert recipe.student.train.gradient_clip is None
+    again = tmp_path / "mine.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+    assert "teacher" not in again.read_text(), "what is left out stays left out"
+
+
 def test_pruning_says_all_its_defaults(minimal):
     by_ratio = load_recipe(minimal, ["prune.finetune.epochs=1"]).prune
     assert (by_ratio.ratio, by_ratio.dimensions, by_ratio.steps) == (0.25, ("d_inner",), 1)
