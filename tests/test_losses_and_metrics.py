@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aum_compress.train.losses import distillation_loss, label_loss, soften
-from aum_compress.train.metrics import calibration_error, classification_metrics
+from aum_compress.train.metrics import calibration_error, classification_metrics, macro_accuracy
+from aum_compress.train.module import MacroAccuracy
 
 
 def log_softmax(values):
@@ -139,6 +140,19 @@ def test_metrics_are_macro_and_by_device():
     assert (found["seen"], found["unseen"]) == (100.0, pytest.approx(25.0))
     expected = -np.log(np.exp(2) / (np.exp(2) + 2)) * 3 - 2 * np.log(1 / (np.exp(2) + 2))
     assert found["log_loss"] == pytest.approx(expected / 5)
+
+
+@given(st.integers(0, 9999), st.integers(2, 5))
+@settings(max_examples=30, deadline=None)
+def test_validation_in_training_is_the_accuracy_of_reports(seed, n_classes):
+    """Classes without clips, which a device may have, count in neither."""
+    generator = np.random.default_rng(seed)
+    targets = generator.integers(0, max(1, n_classes - 1), 12)
+    answers = generator.integers(0, n_classes, 12)
+    metric = MacroAccuracy(n_classes)
+    for part in (slice(5), slice(5, 12)):
+        metric(torch.tensor(answers[part]), torch.tensor(targets[part]))
+    assert 100 * float(metric.compute()) == pytest.approx(macro_accuracy(answers == targets, targets), abs=1e-4)
 
 
 def test_metrics_without_devices():

@@ -14,7 +14,7 @@ from aum_compress.models.factory import build_model
 from aum_compress.recipe_schema import DistillSection
 from aum_compress.recipe_train import AugmentConfig
 from aum_compress.train import fit as fit_module
-from aum_compress.train.module import TrainingModule, parameter_groups
+from aum_compress.train.module import MacroAccuracy, TrainingModule, parameter_groups
 from aum_compress.train.predict import predict_logits
 
 
@@ -63,6 +63,24 @@ def test_killed_run_goes_on_and_ends_with_the_same_weights(parts, tmp_path, monk
     resumed, found = killed_and_resumed(parts, tmp_path / "broken", monkeypatch, augment=AUGMENT, **settings)
     assert found == wanted
     assert same(resumed, unbroken)
+
+
+def test_a_killed_run_whose_folder_was_moved_keeps_its_best_epoch(parts, tmp_path, monkeypatch):
+    epochs, begin = [], TrainingModule.on_validation_epoch_start
+
+    def noted(self):
+        epochs.append(self.current_epoch)
+        begin(self)
+
+    monkeypatch.setattr(TrainingModule, "on_validation_epoch_start", noted)
+    monkeypatch.setattr(MacroAccuracy, "compute", lambda self: torch.tensor((0.4, 0.9, 0.5, 0.6)[epochs[-1]]))
+    train(parts, tmp_path / "here", epochs=2)
+    (tmp_path / "here").rename(tmp_path / "there")
+    _, result = train(parts, tmp_path / "there", epochs=4)
+    assert (result.kept_epoch, result.validation_accuracy) == (2, pytest.approx(90))
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    _, finished = train(parts, tmp_path / "elsewhere", epochs=4)
+    assert finished == result, "nothing is left to train"
 
 
 def without_validation(parts):

@@ -101,11 +101,11 @@ def fit(
         frozen_epochs=frozen_epochs,
     )
     history = _History(ranks)
-    best = ModelCheckpoint(
+    best = _Checkpoint(
         work_dir, filename="best", monitor="val_accuracy", mode="max", save_top_k=1, enable_version_counter=False
     )
     # a checkpoint of its own: `save_last` would be written only when an epoch is the best so far
-    newest = ModelCheckpoint(work_dir, filename="last", monitor=None, save_top_k=1, enable_version_counter=False)
+    newest = _Checkpoint(work_dir, filename="last", monitor=None, save_top_k=1, enable_version_counter=False)
     best_or_not = [best] if config.keep == "best" else []
     last = work_dir / "last.ckpt"
     with progress(description) as reporter, warnings.catch_warnings():
@@ -233,6 +233,19 @@ def _logger(name: str, log_dir: Path):
     if name == "wandb":
         return loggers.WandbLogger(save_dir=log_dir, project="aum-compress")
     return False
+
+
+class _Checkpoint(ModelCheckpoint):
+    """One whose folder may have been moved since it was written: the best epoch so far is still the best one."""
+
+    def load_state_dict(self, state: dict) -> None:
+        def here(path: str) -> str:
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {key: here(state[key]) for key in paths}
+        best = {here(path): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict(state | moved | {"best_k_models": best, "dirpath": self.dirpath})
 
 
 class _History(L.Callback):

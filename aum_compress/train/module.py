@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from aum_compress.audio import augment
 from aum_compress.audio.config import InputSpec
@@ -22,6 +22,15 @@ from aum_compress.train.losses import distillation_loss, feature_loss, label_los
 
 SCAN_PARAMETERS = re.compile(r"\b(A(_b)?_log|D(_b)?|dt_bias|dt_proj(_b)?\.bias)$")
 """What the selective scan of either mixer learns besides the projections that make its inputs."""
+
+
+class MacroAccuracy(MulticlassConfusionMatrix):
+    """Mean over the classes that have clips, as `metrics.macro_accuracy`; torchmetrics' own counts the others as 0."""
+
+    def compute(self) -> Tensor:
+        confusion = super().compute()
+        clips = confusion.sum(1)
+        return (confusion.diagonal() / clips)[clips > 0].mean()
 
 
 class TrainingModule(L.LightningModule):
@@ -77,8 +86,8 @@ class TrainingModule(L.LightningModule):
             self.projector = nn.Linear(embedding_width(self.model), teacher_embeddings.shape[-1])
             self.head_input = HeadInput(self.model)
         # by itself it would wait for all processes that are there, also in a training that the first one does alone
-        self.validation_accuracy = MulticlassAccuracy(
-            n_classes, average="macro", distributed_available_fn=lambda: self.trainer.world_size > 1
+        self.validation_accuracy = MacroAccuracy(
+            n_classes, distributed_available_fn=lambda: self.trainer.world_size > 1
         )
 
     def on_train_epoch_start(self) -> None:
