@@ -136,10 +136,13 @@ class Workspace:
 
     @cached_property
     def data_sha256(self) -> str:
-        """Of all clips with their labels and audio, by part."""
+        """Of all clips with their labels, devices and audio, by part."""
         parts = (self.parts.train, self.parts.validation, self.parts.test)
         return json_sha256(
-            [[(c.clip_id, c.label, s) for c, s in zip(part.clips, part.checksums, strict=True)] for part in parts]
+            [
+                [(c.clip_id, c.label, c.device, s) for c, s in zip(part.clips, part.checksums, strict=True)]
+                for part in parts
+            ]
         )
 
     def prepare(self) -> None:

@@ -100,6 +100,14 @@ def test_key_follows_files_and_front_end(few: tuple[Clip, ...], tmp_path: Path) 
     assert before.checksums != after.checksums
 
 
+def test_a_file_that_may_be_read_again_is_read(few: tuple[Clip, ...], tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.os, "access", lambda path, mode: Path(path) != few[0].path)
+        with pytest.raises(DataError, match="1 of 5 files cannot be used"):
+            features(few, tmp_path)
+    assert len(features(few, tmp_path)) == 5
+
+
 def test_bad_files_stop_or_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree = write_tau_tree(tmp_path / "tau")
     names = tau_names()

@@ -12,7 +12,7 @@ from aum_compress.audio.config import LogMelConfig
 from aum_compress.data.cache import cache_index
 from aum_compress.data.clips import DataIndex
 from aum_compress.data.config import FolderData
-from aum_compress.data.folders import load_folders
+from aum_compress.data.folders import audio_files, load_folders
 from aum_compress.errors import DataError
 
 
@@ -130,6 +130,13 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
     with pytest.raises(DataError, match=r"class folders without a(.|\n)*hollow"):
         load_folders(config(tmp_path), 0)
+
+
+def test_hidden_folders_are_not_looked_at(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    wanted = audio_files(tmp_path)
+    write_class_folders(tmp_path / "bark", classes=(".Trash",))
+    assert audio_files(tmp_path) == wanted
 
 
 def test_class_with_too_few_files(tmp_path: Path) -> None:

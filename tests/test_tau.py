@@ -132,6 +132,12 @@ def test_limits_are_stratified(tree: Path) -> None:
     assert Counter(clip.label for clip in index.test) == dict.fromkeys(SCENES, 3)
 
 
+def test_files_longer_than_a_clip_are_not_cut_without_a_word(tree: Path) -> None:
+    with pytest.raises(DataError, match=r"wav: lasts 0\.10 s, and data\.clip_seconds is 0\.05.*clip_seconds: 0\.1,"):
+        load_tau(config(tree, clip_seconds=0.05), 0)
+    assert load_tau(config(tree, clip_seconds=0.095), 0).train, "recorders round"
+
+
 def test_no_audio_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder audio/"):
         load_tau(config(tmp_path), 0)

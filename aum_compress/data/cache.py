@@ -198,9 +198,10 @@ def _key(clips: Sequence[Clip], front_end: FrontEnd, clip_seconds: float, shorte
     for path in {clip.path for clip in clips}:
         try:
             status = path.stat()
-            files[path] = (status.st_size, status.st_mtime_ns)
+            # whether it may be read, since size and time stay when that changes
+            files[path] = (status.st_size, status.st_mtime_ns, os.access(path, os.R_OK))
         except OSError:
-            files[path] = (-1, -1)
+            files[path] = (-1, -1, False)
     made_by = "".join(inspect.getsource(module) for module in (front_ends, mel, kaldi, resample, reading))
     settings = front_end.model_dump() if what == "logmel" else front_end.sample_rate_hz
     described = [

@@ -23,7 +23,9 @@ def audio_files(root: Path) -> dict[str, list[Path]]:
         classes[folder.name] = sorted(
             path
             for path in folder.rglob("*")
-            if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+            if path.suffix.lower() in AUDIO_SUFFIXES
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            and path.is_file()
         )
     kinds = ", ".join(sorted(AUDIO_SUFFIXES))
     if not classes:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from aum_compress.audio.reading import audio_info
 from aum_compress.data.clips import Clip, DataIndex
 from aum_compress.data.config import TauData
 from aum_compress.data.splitting import read_table, take_groups, take_stratified
@@ -26,6 +27,7 @@ _LIST_NAME = re.compile(r"split\d+\.csv|test\.csv|fold\d+_(train|test|evaluate)\
 _NAME = re.compile(
     r"(?P<scene>[^-]+)-(?P<city>[^-]+)-(?P<place>[^-]+)-(?P<recording>[^-]+)(-(?P<part>[^-]+))?-(?P<device>[^-]+)"
 )
+_ROUNDED_SECONDS = 0.01
 _logger = logging.getLogger(__name__)
 
 
@@ -112,6 +114,7 @@ def load_tau(config: TauData, seed: int) -> DataIndex:
     train_list = _find_train_list(root, config.train_split)
     train = _remaining_clips(root, meta, test) if train_list is None else _listed_clips(root, meta, train_list)
     _require_apart(train, test)
+    _require_whole_clips(train + test, config.clip_seconds)
 
     labels = tuple(sorted({clip.label for clip in train + test}))
     if config.limit_train is not None:
@@ -131,8 +134,23 @@ def load_tau(config: TauData, seed: int) -> DataIndex:
 
 
 def shortest_tau_seconds(clip_seconds: float) -> float:
-    """A TAU file is one whole clip; 10 ms are for recorders that round."""
-    return max(clip_seconds - 0.01, 0.5 * clip_seconds)
+    """A TAU file is one whole clip, within what recorders round."""
+    return max(clip_seconds - _ROUNDED_SECONDS, 0.5 * clip_seconds)
+
+
+def _require_whole_clips(clips: list[Clip], clip_seconds: float) -> None:
+    """Refuses files of which a clip would be the beginning alone, by one file of each device."""
+    for clip in {clip.device: clip for clip in reversed(clips)}.values():
+        try:
+            seconds = audio_info(clip.path).seconds
+        except (DataError, OSError):
+            continue  # reading all files says what is wrong with which
+        if seconds > clip_seconds + _ROUNDED_SECONDS:
+            raise DataError(
+                f"{clip.path}: lasts {seconds:.2f} s, and data.clip_seconds is {clip_seconds:g}: in this layout a file "
+                f"is one clip, and the rest of it would not be heard. Set data.clip_seconds: {seconds:.3g}, or cut the "
+                "files"
+            )
 
 
 def _find_list(root: Path, names: Iterable[str], wanted: str) -> Path:
