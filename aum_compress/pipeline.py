@@ -30,7 +30,7 @@ from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.report.schema import REPORT_SCHEMA
 from aum_compress.report.write import report_files
 from aum_compress.stages import distill, quantise, resolve, train_on_labels
-from aum_compress.teaching import check_teacher_files, find_teachers
+from aum_compress.teaching import check_teachers, find_teachers
 from aum_compress.train.distributed import FirstProcessFailed, join
 from aum_compress.workspace import Workspace
 
@@ -135,7 +135,7 @@ def _require_models(space: Workspace) -> None:
     for section in (space.recipe.reference, space.recipe.teacher, space.recipe.student):
         if section is not None:
             resolve(space, section)
-    check_teacher_files(space)
+    check_teachers(space)
     check_pruning(space)
 
 

@@ -17,6 +17,8 @@ from aum_compress.train.teachers import TeacherFile, TeacherOutputs, average_log
 from aum_compress.workspace import Workspace
 
 Teacher = Bundle | TeacherFile
+STAGES_THAT_TEACH = ("reference", "teacher")
+"""Of a recipe's own; every other name is a path."""
 
 
 def find_teachers(space: Workspace, stages: dict[str, Bundle]) -> list[Teacher]:
@@ -35,18 +37,35 @@ def _from_outside(name: str) -> Teacher:
     return TeacherFile(path, file_sha256(path))
 
 
-def check_teacher_files(space: Workspace) -> None:
-    """Reads the logits that the recipe names: what is wrong with them is named before hours of training, not after.
+def check_teachers(space: Workspace) -> None:
+    """Reads the bundles and logits that the recipe names: what is wrong with them is said before hours of training.
 
     Raises:
+        BundleError: no bundle, or one for other labels or another clip length.
         DataError: as `load_outputs`.
     """
     section = space.recipe.distillation
     for name in section.teachers if section else ():
-        if name.endswith(".npz"):
-            outputs = _read(space, _from_outside(name).path, space.rendering(section.train).names)
-            if section.feature_weight and outputs.embeddings is None:
-                log(f"distill: {name} has no embeddings and takes no part in the feature term")
+        if name in STAGES_THAT_TEACH:
+            continue
+        teacher = _from_outside(name)
+        if isinstance(teacher, Bundle):
+            _require_same_task(space, teacher)
+            continue
+        outputs = _read(space, teacher.path, space.rendering(section.train).names)
+        if section.feature_weight and outputs.embeddings is None:
+            log(f"distill: {name} has no embeddings and takes no part in the feature term")
+
+
+def _require_same_task(space: Workspace, teacher: Bundle) -> None:
+    if teacher.card.labels != space.labels:
+        raise BundleError(
+            f"{teacher.path}: is a teacher for labels {list(teacher.card.labels)}, wanted {list(space.labels)}"
+        )
+    if teacher.card.input.clip_seconds != space.spec.clip_seconds:
+        raise BundleError(
+            f"{teacher.path}: hears clips of {teacher.card.input.clip_seconds} s, wanted {space.spec.clip_seconds} s"
+        )
 
 
 def teacher_targets(
@@ -76,14 +95,6 @@ def teacher_targets(
 
 def _computed(space: Workspace, teacher: Bundle, config: TrainConfig, workers: Ranks, embeddings: bool) -> Path:
     """The file of this teacher's answers, computed if it is not there yet."""
-    if teacher.card.labels != space.labels:
-        raise BundleError(
-            f"{teacher.path}: is a teacher for labels {list(teacher.card.labels)}, wanted {list(space.labels)}"
-        )
-    if teacher.card.input.clip_seconds != space.spec.clip_seconds:
-        raise BundleError(
-            f"{teacher.path}: hears clips of {teacher.card.input.clip_seconds} s, wanted {space.spec.clip_seconds} s"
-        )
     names = space.rendering(config).names
     parts = [teacher.card.stage, teacher.sha256[:12], space.data_sha256[:12]]
     parts += [json_sha256(names)[:12]] if len(names) > 1 else []

@@ -109,13 +109,28 @@ def test_values_that_do_not_fit_together_are_no_error_of_the_sweep(tiny):
     ("changes", "until", "message"),
     [
         ({"student": None, "distill": None, "quantize": None}, None, "has no student"),
-        ({}, "teacher", "no student is made by then"),
+        ({}, "teacher", "--until teacher: no student is trained by then"),
+        ({}, "student", "--until student: no student is trained by then"),
         ({"distill": {"train": TRAIN | {"devices": 2}}}, None, "wants several processes"),
     ],
 )
 def test_a_recipe_that_nothing_can_be_compared_with_is_refused(tiny, changes, until, message):
     with pytest.raises(RecipeError, match=message):
         work(tiny("seed=1,2", until=until, **changes))
+
+
+def test_values_that_fit_no_teacher_are_listed_and_the_sweep_goes_on(tiny):
+    sweep = tiny("teacher.d_state=4")
+    result = run_trial(sweep, {"teacher.stem": {"kind": "patch", "kernel": [64, 64], "stride": [64, 64]}})
+    assert result.state == "invalid"
+    assert "teacher" in result.reason
+
+
+def test_workers_may_have_their_audio_elsewhere(tiny):
+    Study(tiny("student.d_model=8,12"))
+    sweep = tiny("student.d_model=8,12")
+    elsewhere = replace(sweep, settings=("data.root=/mnt/other", "threads=1"))
+    assert Study(elsewhere).sweep is elsewhere
 
 
 def test_without_validation_clips_there_is_nothing_to_choose_on(finished, tmp_path):

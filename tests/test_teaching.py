@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiny_recipe import TRAIN, recipe
 
 from aum_compress.bundle import read_bundle
 from aum_compress.data.views import render_views
-from aum_compress.errors import DataError
+from aum_compress.errors import AumError, DataError
 from aum_compress.pipeline import run
 from aum_compress.teaching import find_teachers, teacher_targets
 from aum_compress.train.predict import predict_with_embeddings
@@ -164,6 +165,22 @@ def test_absent_file_is_named(finished, tmp_path):
     given = distilled(finished, TRAIN, teachers=[str(tmp_path / "none.npz")])
     with pytest.raises(DataError, match=r"distill.teachers: .*none.npz: no such file of logits; docs/distillation.md"):
         run(given, tmp_path)
+
+
+def test_bundle_that_cannot_teach_is_named_before_any_training(finished, tmp_path):
+    student = {"student": recipe(finished.tree).student.model_dump() | {"train": TRAIN}}
+    given = recipe(finished.tree, **student, distill={"teachers": [str(tmp_path / "none")], "train": TRAIN})
+    with pytest.raises(AumError, match="none"):
+        run(given, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("bundle.json"))
+
+
+def test_clips_of_another_device_are_other_data(finished, tmp_path):
+    space, other = (Workspace(recipe(finished.tree), tmp_path) for _ in range(2))
+    clips = other.parts.test.clips
+    renamed = replace(other.parts.test, clips=(replace(clips[0], device="s9"), *clips[1:]))
+    other.parts = replace(other.parts, test=renamed)
+    assert space.data_sha256 != other.data_sha256, "figures by device are to be measured again"
 
 
 def test_teacher_with_a_front_end_of_its_own_hears_the_views(finished, tmp_path, monkeypatch):

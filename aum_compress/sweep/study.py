@@ -31,7 +31,6 @@ from optuna.trial import FrozenTrial, TrialState
 from aum_compress.bundle import json_sha256
 from aum_compress.console import log
 from aum_compress.errors import AumError, RecipeError
-from aum_compress.recipe import dump_recipe
 from aum_compress.sweep.space import Choices, Range, combinations
 from aum_compress.sweep.trial import Result, Sweep
 
@@ -44,6 +43,10 @@ MOST_DRAWS = 50
 """So many known combinations in a row, and there are taken to be no new ones; so many trials that are not trained for
 each one that is wanted, and there are taken to be too few that fit."""
 POLL_SECONDS = 1.0
+
+
+PLACES = ("root", "device_response_folder", "threads")
+"""Keys of a recipe that say where something lies or what a machine has, and may differ between workers."""
 
 
 class Taken(NamedTuple):
@@ -127,7 +130,7 @@ class Study:
         """The first worker says what is varied; the others must mean the same."""
         sweep = self.sweep
         mine = {
-            "recipe": json_sha256(dump_recipe(sweep.base())),
+            "recipe": json_sha256(_without_places(sweep.base().model_dump(mode="json"))),
             "params": {key: str(varied) for key, varied in sweep.space.items()},
             "until": sweep.until,
         }
@@ -236,6 +239,13 @@ def _distribution(varied: Choices | Range) -> BaseDistribution:
     if varied.is_whole:
         return IntDistribution(int(varied.low), int(varied.high), log=varied.log)
     return FloatDistribution(varied.low, varied.high, log=varied.log)
+
+
+def _without_places(value: Any) -> Any:
+    """A recipe's mapping without `PLACES`, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items() if key not in PLACES}
+    return [_without_places(each) for each in value] if isinstance(value, list) else value
 
 
 def _storage(path: Path, folder: Path) -> BaseStorage:

@@ -117,8 +117,11 @@ def require_sweepable(recipe: Recipe, until: str | None) -> None:
         for place, config in recipe.trainings().items()
         if (config.devices, config.nodes) != (1, 1)
     ]
-    if until in ("data", "reference", "teacher"):
-        problems.append(f"--until {until}: no student is made by then")
+    student_made = ["distill", "prune", "quantize"]
+    if recipe.student is not None and recipe.student.train:
+        student_made.insert(0, "student")
+    if not any(stage in student_made and getattr(recipe, stage) is not None for stage in _stages(until)):
+        problems.append(f"--until {until}: no student is trained by then" if until else "trains no student")
     if problems:
         raise RecipeError(f"{recipe.name}: cannot be swept: " + "; ".join(problems))
 
@@ -177,6 +180,8 @@ def run_trial(sweep: Sweep, values: Mapping[str, Any]) -> Result:
                 known["exported"] = str(outcome.folder.relative_to(sweep.folder))
     except (TrainingDiverged, VerificationFailed) as error:
         return result("failed", reason=str(error), **known)
+    except RecipeError as error:  # of another network than the student, which is counted beforehand
+        return result("invalid", reason=str(error), **known)
     return result("complete", **known)
 
 
