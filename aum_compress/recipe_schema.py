@@ -305,9 +305,9 @@ class ExportSection(Section):
     input_rate_hz: Annotated[int, Field(gt=0)] | None = None
     """Of the samples that those files read, and resample; the front-end's own rate when left out."""
     dynamic_batch: bool = False
+    """Any number of clips at once, in place of one."""
     ort: bool = False
     """Each file in onnxruntime's own format too, with the list of operators for a reduced build of it."""
-    """Any number of clips at once, in place of one."""
     scan: Literal["scan", "chunked", "unrolled"] = "scan"
     """How Mamba-1's recurrence is written: as ONNX `Scan`, or without control flow for runtimes that have none."""
     name: FolderName | None = None
