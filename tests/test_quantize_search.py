@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from audio_trees import SECONDS
@@ -12,10 +13,11 @@ from tiny_recipe import TRAIN, command, finished_run, recipe, write_recipe
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.bundle import read_bundle
 from aum_compress.compress import search as search_module
-from aum_compress.compress.quantize import quantize, with_layers
+from aum_compress.compress.quantize import prepare, quantize, signal_to_noise_db, with_layers
 from aum_compress.compress.search import search
 from aum_compress.compress.sensitivity import REST, Judge, sensitivity
 from aum_compress.errors import AumError, BudgetExceeded, RecipeError
+from aum_compress.models.fake_quantized import FakeQuantize
 from aum_compress.models.quantized import quantizable_layers, stored_tensors
 from aum_compress.pipeline import run
 from aum_compress.recipe_schema import QuantizeSection, SearchConfig
@@ -105,6 +107,41 @@ def test_layers_that_are_named_keep_their_storage(trained, judge):
     assert found.layers["head"] == "fp16"
     assert {s for name, s in found.layers.items() if name.startswith("layers.1")} == {"int8-weight"}
     assert found.param_bytes <= 9000
+
+
+@pytest.mark.parametrize("scan_inputs", [("u", "B", "C"), ("B", "delta")])
+@pytest.mark.parametrize("aim", [{"max_param_bytes": 7500}, {"max_drop": 300.0}])
+def test_what_is_judged_is_the_model_that_ships(trained, judge, aim, scan_inputs):
+    wanted = judge.logits(trained)
+    exact = Judge(judge.part, judge.features, lambda logits: -float(np.abs(logits - wanted).sum()))
+    section = QuantizeSection(search=SearchConfig(**aim), scan_inputs=scan_inputs)
+    found = search(trained, CALIBRATION, exact, section)
+    assert any(name.endswith(".out_proj") and storage == "int4-weight" for name, storage in found.layers.items())
+    shipped = quantize(trained, CALIBRATION, with_layers(section, found.layers))
+    assert found.accuracy_drop == -exact.accuracy(exact.logits(shipped)) <= aim.get("max_drop", np.inf)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4-weight"])
+@pytest.mark.parametrize("layer", ["in_proj", "out_proj"])
+def test_a_layer_costs_what_it_costs_where_it_alone_is_stored_so(trained, judge, costs, layer, storage):
+    name = f"layers.0.mixer.{layer}"
+    others = dict.fromkeys(quantizable_layers(trained), "fp16")
+    alone = prepare(trained, CALIBRATION, with_layers(QuantizeSection(), others | {name: storage}))
+    for quantizer in alone.modules():
+        if isinstance(quantizer, FakeQuantize):
+            quantizer.active = False
+    (cost,) = (c for c in costs.costs if (c.tensor, c.what, c.storage) == (name, "weights", storage))
+    assert cost.sqnr_db == pytest.approx(signal_to_noise_db(judge.logits(trained), judge.logits(alone)), abs=0.01)
+
+
+def test_only_inputs_that_become_integers_with_a_layer_count(trained, judge, costs):
+    steps, projection = "layers.0.mixer.dt_proj", "layers.0.mixer.x_proj"
+    own = costs.noise(steps, "weights", "int8") + costs.noise(steps, "inputs")
+    delta = costs.noise("layers.0.mixer.scan_delta", "inputs")
+    assert search_module._noise(costs, ("u", "B", "C"), steps, "int8") == own
+    assert search_module._noise(costs, ("u", "delta"), steps, "int8") == own + delta > own
+    floats = sensitivity(trained, CALIBRATION, judge, QuantizeSection(scan_inputs=()), storages=("int8",))
+    assert floats.noise(projection, "inputs") > 0, "it rounds what it reads where u stays in float32"
 
 
 def test_the_worst_is_rolled_back_and_the_road_goes_on():

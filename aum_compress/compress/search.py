@@ -2,22 +2,22 @@
 
 Errors of small steps add up nearly independently, so each layer's share is measured once, alone
 (`compress.sensitivity`). From every layer at its widest, the move that saves most bytes for the noise it adds comes
-first, until all are at their narrowest. How far along this road a model may go is measured on it as a whole, by
+first, until all are at their narrowest. How far along this road a model may go is measured on what would ship, by
 bisection. Behind the first move that costs too much the following ones are tried without it: the worst is rolled back,
 the road is not ended.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
-from aum_compress.compress.quantize import layer_storages, with_layers
-from aum_compress.compress.sensitivity import Judge, Sensitivity, rehearsal, sensitivity, stored_as
+from aum_compress.compress.quantize import layer_storages, quantize, with_layers
+from aum_compress.compress.sensitivity import Judge, Sensitivity, sensitivity
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.factory import Model, fold_batch_norm
-from aum_compress.models.fake_quantized import round_rest_to_half_
 from aum_compress.models.integer_inputs import slots_made_by
 from aum_compress.models.quantized import param_bytes_of, quantizable_layers
 from aum_compress.models.storage import WeightStorage
@@ -76,21 +76,20 @@ def search(
     costs = sensitivity(model, calibration, judge, section, storages=storages, advance=advance)
     folded = fold_batch_norm(model)
     options = _options(folded, section, wanted.candidates)
-    prepared = rehearsal(model, calibration, section)
-    round_rest_to_half_(prepared)
     measured: list[tuple[int, float]] = []
 
     def count(chosen: Mapping[str, Choice]) -> int:
         return param_bytes_of(folded, layer_storages(folded, with_layers(section, chosen)))
 
     def drop(chosen: Mapping[str, Choice]) -> float:
-        with stored_as(prepared, section, chosen):
-            found = costs.float_accuracy - judge.accuracy(judge.logits(prepared))
+        quantized = quantize(model, calibration, with_layers(section, chosen))
+        found = costs.float_accuracy - judge.accuracy(judge.logits(quantized))
         measured.append((count(chosen), found))
         return found
 
     start = {name: choices[0] for name, choices in options.items()}
-    road = _road(start, options, costs, count)
+    noise = partial(_noise, costs, section.scan_inputs)
+    road = _road(start, options, noise, count)
     rolled_back: tuple[str, ...] = ()
     if wanted.max_param_bytes is not None:
         chosen = _least_loss(start, road, count, wanted.max_param_bytes)
@@ -113,7 +112,7 @@ def _options(model: Model, section: QuantizeSection, candidates: tuple[Choice, .
 def _road(
     start: Mapping[str, Choice],
     options: Mapping[str, tuple[Choice, ...]],
-    costs: Sensitivity,
+    noise: Callable[[str, Choice], float],
     count: Callable[[Mapping[str, Choice]], int],
 ) -> list[Move]:
     """Moves from `start` to all layers at their fewest bytes, those with the least noise for the bytes saved first."""
@@ -121,7 +120,7 @@ def _road(
     now, road = dict(start), []
     while True:
         moves = [
-            ((_noise(costs, name, choice) - _noise(costs, name, now[name])) / saved, -saved, (name, choice))
+            ((noise(name, choice) - noise(name, now[name])) / saved, -saved, (name, choice))
             for name, choices in options.items()
             for choice in choices
             if (saved := size[name, now[name]] - size[name, choice]) > 0
@@ -133,13 +132,14 @@ def _road(
         road.append(move)
 
 
-def _noise(costs: Sensitivity, layer: str, choice: Choice) -> float:
+def _noise(costs: Sensitivity, scan_inputs: Iterable[str], layer: str, choice: Choice) -> float:
     """Of a layer stored so, with the inputs that become integers by it."""
     if choice == "fp16":
         return 0.0
     noise = costs.noise(layer, "weights", choice)
     if choice == "int8":
-        noise += costs.noise(layer, "inputs") + sum(costs.noise(slot, "inputs") for slot in slots_made_by(layer))
+        slots = slots_made_by(layer, scan_inputs)
+        noise += costs.noise(layer, "inputs") + sum(costs.noise(slot, "inputs") for slot in slots)
     return noise
 
 

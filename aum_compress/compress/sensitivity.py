@@ -1,8 +1,9 @@
 """What each tensor costs when it alone is quantised: the signal-to-noise ratio of the logits, and accuracy."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from aum_compress.models.fake_quantized import (
     round_rest_to_half_,
     top_of,
 )
-from aum_compress.models.integer_inputs import slots_made_by
 from aum_compress.models.mamba import SCAN_SLOTS
 from aum_compress.models.quantized import quantizable_layers
 from aum_compress.models.storage import QUANTISED_INPUTS, WeightStorage
@@ -86,12 +86,10 @@ class Sensitivity:
         return next((cost.noise for cost in fitting), 0.0)
 
 
-def rehearsal(model: Model, calibration: Iterable[Tensor], section: QuantizeSection) -> Model:
-    """A fake-quantised model with every layer and every input of a scan ready to be quantised, whatever `section` says
-    of single layers."""
+def _rehearsal(model: Model, calibration: list[Tensor], section: QuantizeSection, **changes: Any) -> Model:
+    """A fake-quantised model with every layer ready to be quantised, whatever `section` says of single layers."""
     layers = dict.fromkeys(quantizable_layers(model), "int8")  # those too that are as small as float16
-    whole = {"layers": layers, "keep_float": (), "scan_inputs": SCAN_SLOTS}
-    return prepare(model, calibration, section.model_copy(update=whole))
+    return prepare(model, calibration, section.model_copy(update={"layers": layers, "keep_float": (), **changes}))
 
 
 def sensitivity(
@@ -117,12 +115,16 @@ def sensitivity(
     section = section or QuantizeSection()
     reference = judge.logits(model)
     float_accuracy = judge.accuracy(reference)
-    prepared = rehearsal(model, list(calibration), section)
-    trials = list(_trials(prepared, section, tuple(dict.fromkeys(storages))))
+    calibration = list(calibration)
+    int8 = _rehearsal(model, calibration, section)
+    # an out_proj whose weights alone are integers is not smoothed; what `section` leaves in float32 before a scan is
+    # measured here, since in the other model x_proj may round what it reads for itself
+    others = _rehearsal(model, calibration, section, smoothing=0.0, scan_inputs=SCAN_SLOTS)
+    trials = list(_trials(int8, others, section, tuple(dict.fromkeys(storages))))
     costs = []
-    for done, (tensor, what, storage, values, quantised) in enumerate(trials, start=1):
-        with in_float(prepared), quantised():
-            found = judge.logits(prepared)
+    for done, (tensor, what, storage, values, rehearsed, quantised) in enumerate(trials, start=1):
+        with in_float(rehearsed), quantised():
+            found = judge.logits(rehearsed)
         drop = float_accuracy - judge.accuracy(found)
         costs.append(Cost(tensor, what, storage, values, min(EXACT_DB, signal_to_noise_db(reference, found)), drop))
         if advance:
@@ -130,24 +132,26 @@ def sensitivity(
     return Sensitivity(judge.part, len(judge.features), float_accuracy, tuple(costs))
 
 
-Trial = tuple[str, str, str, int, Callable[[], Any]]
+Trial = tuple[str, str, str, int, Model, Callable[[], Any]]
 
 
-def _trials(model: Model, section: QuantizeSection, storages: tuple[WeightStorage, ...]) -> Iterator[Trial]:
-    """Tensor, what of it, how, how many values, and a context in which it is quantised."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizedLayer)}
+def _trials(
+    int8: Model, others: Model, section: QuantizeSection, storages: tuple[WeightStorage, ...]
+) -> Iterator[Trial]:
+    """Tensor, what of it, how, how many values, one of both models and a context in which it is quantised there."""
+    layers = {name: m for name, m in int8.named_modules() if isinstance(m, FakeQuantizedLayer)}
     for name, layer in layers.items():
-        values = layer.weight.numel()
         for storage in storages:
-            top = top_of(storage, section.weight_bits)
-            yield name, "weights", storage, values, lambda layer=layer, top=top: _with(layer, "top", top)
+            model, top = int8 if storage in QUANTISED_INPUTS else others, top_of(storage, section.weight_bits)
+            module = model.get_submodule(name)
+            yield name, "weights", storage, layer.weight.numel(), model, partial(_with, module, "top", top)
         if layer.input is not None:
-            yield name, "inputs", "uint8", 0, lambda layer=layer: _with(layer.input, "active", True)
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantize) and name.rpartition(".")[0] not in layers:
-            yield name, "inputs", "uint8", 0, lambda module=module: _with(module, "active", True)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(m.weight.numel() for m in layers.values())
-    yield REST, "values", "fp16", rest, lambda: _rest_in_half(model)
+            yield name, "inputs", "uint8", 0, int8, partial(_with, layer.input, "active", True)
+    for name, slot in others.named_modules():
+        if isinstance(slot, FakeQuantize) and name.rpartition(".")[0] not in layers:
+            yield name, "inputs", "uint8", 0, others, partial(_with, slot, "active", True)
+    rest = sum(parameter.numel() for parameter in int8.parameters()) - sum(m.weight.numel() for m in layers.values())
+    yield REST, "values", "fp16", rest, int8, partial(_rest_in_half, int8)
 
 
 @contextmanager
@@ -168,21 +172,3 @@ def _with(module: Any, switch: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, switch, before)
-
-
-@contextmanager
-def stored_as(model: Model, section: QuantizeSection, chosen: Mapping[str, WeightStorage | str]) -> Iterator[None]:
-    """A `rehearsal` in which each layer is stored as `chosen` says, and the inputs of scans as `section` does."""
-    own = dict(chosen)
-    for name, storage in chosen.items():
-        if storage in QUANTISED_INPUTS:
-            own |= dict.fromkeys(slots_made_by(name, section.scan_inputs), "uint8")
-    with in_float(model):
-        for name, module in model.named_modules():
-            if isinstance(module, FakeQuantizedLayer) and own.get(name, "fp16") != "fp16":
-                module.top = top_of(own[name], section.weight_bits)
-                if module.input is not None:
-                    module.input.active = own[name] in QUANTISED_INPUTS
-            elif own.get(name) == "uint8":
-                module.active = True
-        yield
