@@ -233,6 +233,13 @@ def _vote(probabilities: np.ndarray, targets: np.ndarray, test: CachedClips, cho
     return macro_accuracy(right, np.array([truth[key] for key in total]))
 
 
+def require_teachers(fold: Benchmark, recipe: Recipe) -> None:
+    """Trains those that the recipe wants and whose bundles are not here, though perhaps measured elsewhere."""
+    for teacher in TEACHERS if recipe.distill else ():
+        if not Path(fold.bundle(teacher, "03-student")).is_dir():
+            run(fold.recipe(teacher, **CONFIGS[teacher][1](fold)), fold.arguments.work, "student")
+
+
 def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[str, Any]:
     """Trains, quantises, exports and measures one configuration on one fold; what is finished is not done again.
 
@@ -240,10 +247,7 @@ def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[s
     """
     sections = {"quantize": QUANTIZE, "export": EXPORT, "verify": {"clips": 32}} | sections
     recipe = fold.recipe(config, **sections)
-    if recipe.distill:
-        for teacher in TEACHERS:  # measured elsewhere, perhaps, and its bundle not here: it is trained again
-            if not Path(fold.bundle(teacher, "03-student")).is_dir():
-                run(fold.recipe(teacher, **CONFIGS[teacher][1](fold)), fold.arguments.work, "student")
+    require_teachers(fold, recipe)
     start = time.monotonic()
     outcome = run(recipe, fold.arguments.work)
     minutes = (time.monotonic() - start) / 60

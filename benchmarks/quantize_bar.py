@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from esc10_mobile import CONFIGS, TEACHERS, Benchmark, add_training_arguments, append, measure, parsed, read
+from esc10_mobile import CONFIGS, Benchmark, add_training_arguments, append, measure, parsed, read, require_teachers
 
 from aum_compress import __version__
 from aum_compress.data.cache import cache_index
@@ -69,10 +69,7 @@ def run_variant(fold: Benchmark, variant: str, mixed_bytes: int) -> dict[str, An
     arguments = fold.arguments
     float_stages = CONFIGS[arguments.config][1](fold)
     recipe = fold.recipe(arguments.config, **float_stages, **sections(fold, variant, mixed_bytes))
-    if recipe.distill:
-        for teacher in TEACHERS:
-            if not Path(fold.bundle(teacher, "03-student")).is_dir():
-                run(fold.recipe(teacher, **CONFIGS[teacher][1](fold)), arguments.work, "student")
+    require_teachers(fold, recipe)
     start = time.monotonic()
     outcome = run(recipe, arguments.work)
     parts = cache_index(load_index(recipe.data, recipe.seed), recipe.features)

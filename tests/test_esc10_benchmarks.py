@@ -17,10 +17,11 @@ LABELS = ("bark", "rain")
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import device_gain
     import esc10_mobile
     import student_choices
 
-    return SimpleNamespace(esc10=esc10_mobile, choices=student_choices)
+    return SimpleNamespace(esc10=esc10_mobile, choices=student_choices, devices=device_gain)
 
 
 def int8_bytes(section: dict) -> int:
@@ -49,6 +50,9 @@ def test_every_configuration_is_a_recipe(benchmarks, tmp_path):
         )
     learnt = fold.recipe("student-learnt-int8", **benchmarks.esc10.CONFIGS["student-learnt-int8"][1](fold))
     assert learnt.name == fold.name("student-distilled"), "it goes on from the student that is there"
+    by_device = benchmarks.devices.with_devices(fold, "student-distilled")
+    assert by_device.name == learnt.name
+    assert by_device.devices.finetune.epochs == 50
 
 
 def test_choices_are_made_on_folds_that_decide_nothing_else(benchmarks, tmp_path):
@@ -65,6 +69,16 @@ def test_choices_are_made_on_folds_that_decide_nothing_else(benchmarks, tmp_path
     assert {line.split("-")[1] for line in test} == {"4", "5"}
     assert len(train) == 3 * len(LABELS)
     assert len(test) == 2 * 2 * len(LABELS)
+
+
+def test_the_gain_by_device_is_a_mean_over_folds(benchmarks):
+    lines = [
+        {"models": [{"device": "a", "general_accuracy": 80, "accuracy": own}], "all": {"general": 79, "pack": 79.5}}
+        for own in (81, 84)
+    ]
+    table = benchmarks.devices.summary(lines)
+    assert "| a | 2 | 80.0 | 82.5 | +2.5 |" in table
+    assert "| all devices | 2 | 79.0 | 79.5 | +0.5 |" in table
 
 
 def test_tables_are_means_of_the_lines_that_are_there(benchmarks):
