@@ -15,7 +15,7 @@ from aum_compress.export.verification import Check, Verification, compare_accura
 from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.models.storage import QUANTISED
 
-_RUNNABLE = ("names", "shapes", "inputs")
+_RUNNABLE = ("names", "metadata", "shapes", "inputs")
 """Checks without which no file can be run on clips."""
 
 

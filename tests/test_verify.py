@@ -88,7 +88,7 @@ def test_right_file_passes(precision, tmp_path):
     if precision != "int8":
         assert verification.max_abs_error < 1e-4
     assert (
-        verification.lines()[0] == f"model-{precision}.onnx ({precision}): PASSED of 26 checks against the torch model"
+        verification.lines()[0] == f"model-{precision}.onnx ({precision}): PASSED of 27 checks against the torch model"
     )
 
 
@@ -159,6 +159,12 @@ def test_changed_front_end_fails(change, message, tmp_path):
     spec = SPEC.model_dump(mode="json")
     alter(path, set_metadata(input=spec | {"front_end": spec["front_end"] | change}))
     assert failures(verify_onnx(path, reference("fp32"))) == {"front-end of the reference": message}
+
+
+def test_a_second_sample_rate_that_differs_fails(tmp_path):
+    path = written(tmp_path, "fp32")
+    alter(path, lambda proto: onnx.helper.set_model_props(proto, metadata("fp32").to_props() | {"sample_rate_hz": "1"}))
+    assert failures(verify_onnx(path)) == {"metadata": "sample_rate_hz is 1, input.front_end says 8000"}
 
 
 @pytest.mark.parametrize("with_reference", [True, False])

@@ -171,6 +171,32 @@ def test_wrong_rate_fails(tmp_path):
         Classifier(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "check", "message"),
+    [
+        ({"f_min_hz": -100.0}, "metadata", "f_min_hz: Input should be greater than or equal to 0"),
+        ({"f_max_hz": -5.0}, "metadata", "must satisfy f_min < f_max"),
+        ({"window_samples": 5000}, "metadata", "window_samples 5000 must be at most n_fft 512"),
+        ({"n_mels": 16}, "shapes", r"the front-end inside makes features of [1, 32, 17], wanted [1, 16, 17]"),
+        ({"hop_samples": 100}, "shapes", r"the front-end inside makes features of [1, 32, 17], wanted [1, 32, 41]"),
+    ],
+)
+def test_metadata_of_another_front_end_fail(change, check, message, tmp_path):
+    path, spec = written_waveform(tmp_path, "fp32"), SPEC.model_dump(mode="json")
+    changed = metadata("fp32", reads="waveform", input=spec | {"front_end": spec["front_end"] | change})
+    altered(path, lambda proto: onnx.helper.set_model_props(proto, changed.to_props()))
+    found = failures(verify_onnx(path))
+    assert set(found) == {check}
+    assert message in found[check]
+
+
+def test_metadata_of_a_clip_too_short_for_a_frame_fail(tmp_path):
+    path, spec = written_waveform(tmp_path, "fp32"), SPEC.model_dump(mode="json")
+    changed = metadata("fp32", reads="waveform", input=spec | {"clip_seconds": 1e-9})
+    altered(path, lambda proto: onnx.helper.set_model_props(proto, changed.to_props()))
+    assert "a clip of 0 samples is too short" in failures(verify_onnx(path))["metadata"]
+
+
 def test_nan_in_the_front_end_fails(tmp_path):
     path = written_waveform(tmp_path, "fp32")
 

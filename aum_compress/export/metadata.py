@@ -21,7 +21,7 @@ turns into them."""
 FEATURES, WAVEFORM = "features", "waveform"
 FORMAT = "aum-compress/1"
 _FORMAT_KEY = "format"
-_RATE_KEY = "sample_rate_hz"
+RATE_KEY = "sample_rate_hz"
 _LATER_KEYS = ("reads", "input_rate_hz")
 """Absent in files from before there were two kinds of input; their defaults say what those files are."""
 
@@ -164,7 +164,7 @@ class OnnxMetadata:
 
     def to_props(self) -> dict[str, str]:
         """Keys and JSON values for `metadata_props`; the sample rate stands there a second time, easy to find."""
-        props = {_FORMAT_KEY: FORMAT, _RATE_KEY: self.sample_rate_hz}
+        props = {_FORMAT_KEY: FORMAT, RATE_KEY: self.sample_rate_hz}
         props |= {f.name: getattr(self, f.name) for f in fields(self)}
         return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in props.items()}
 

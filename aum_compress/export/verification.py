@@ -156,10 +156,7 @@ def finding(name: str, problems: list[str]) -> Check:
     return Check(name, not problems, "; ".join(problems[:5]) + (f"; {len(problems) - 5} more" if problems[5:] else ""))
 
 
-MAX_ACCURACY_DROP: Mapping[Precision, float] = {
-    **{"fp32": 0.1, "fp16": 0.1},
-    **{"int8": 1.0, "int4": 1.0, "mixed": 1.0},  # their kernels round what weights are multiplied with
-}
+MAX_ACCURACY_DROP: Mapping[Precision, float] = {"fp32": 0.1, "fp16": 0.1, "int8": 1.0, "int4": 1.0, "mixed": 1.0}
 """Percentage points that a file may be worse than its reference on labelled clips, or one clip where that is more: an
 answer on the edge between two classes may fall to either side."""
 

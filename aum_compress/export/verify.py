@@ -20,6 +20,7 @@ from aum_compress.export.verify_inputs import Golden, read_golden, stress_inputs
 from aum_compress.export.verify_structure import (
     check_card,
     check_identity,
+    check_metadata,
     check_names,
     check_shapes,
     check_weights,
@@ -81,35 +82,32 @@ def verify_onnx(
     proto = load_onnx(path)
     whole = _sessions(path)
     metadata = read_metadata(whole[False], path)
-    sessions = whole
-    if metadata.reads == WAVEFORM:
-        front_end, core = split_front_end(proto, metadata)
-        sessions = _sessions(path, core)
+    front_end, core = split_front_end(proto, metadata) if metadata.reads == WAVEFORM else (None, None)
+    alone = None if front_end is None else _sessions(path, front_end)
     if golden is None and (path.parent / GOLDEN).is_file():
         golden = read_golden(path.parent / GOLDEN, metadata.precision)
-    inputs = stress_inputs(metadata) | ({} if clips is None else {"clips": clips})
-    if golden is not None:
-        inputs = {"golden": golden.inputs} | inputs
     model = None if reference is None else reference.model
 
-    checks = [
-        check_names(whole[False], metadata),
-        check_shapes(whole[False], metadata),
-        _fit(inputs, metadata.feature_shape),
-    ]
+    checks = [check_names(whole[False], metadata), check_metadata(whole[False], metadata)]
+    inputs: dict[str, np.ndarray] = {}
+    if checks[-1].passed:  # else there is no front-end to make them, and nothing to hold shapes against
+        inputs |= {} if golden is None else {"golden": golden.inputs}
+        inputs |= stress_inputs(metadata) | ({} if clips is None else {"clips": clips})
+        checks.append(check_shapes(whole[False], alone and alone[False], metadata))
+        checks.append(_fit(inputs, metadata.feature_shape))
     runnable = all(check.passed for check in checks)
     checks += check_card(path, metadata)
     if reference is not None:
         checks += check_identity(metadata, reference.labels, reference.input, "the reference")
         checks.append(check_weights(proto, reference.model))
     if runnable:
+        sessions = whole if core is None else _sessions(path, core)
         limits = {optimised: TOLERANCES[metadata.precision, optimised] for optimised in sessions}
         checks += _value_checks(sessions, limits, inputs, golden, model)
         checks += _batch_checks(sessions, limits, inputs["random"])
-        if metadata.reads == WAVEFORM:
+        if alone is not None:
             stress = stress_waveforms(metadata) | ({} if waveforms is None else {"recordings": waveforms})
             features = {name: training_features(samples, metadata) for name, samples in stress.items()}
-            alone = _sessions(path, front_end)
             checks += front_end_checks(alone, stress, features, metadata)
             # cells that hold a transform's rounding noise alone have been judged; what follows need not magnify it
             features |= {name: run_session(alone[False], stress[name]) for name in NOISE_BESIDE_TONES}

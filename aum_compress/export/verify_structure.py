@@ -1,5 +1,6 @@
 """What an exported file is, before anything is run: its names, shapes, labels and weights."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from pydantic import ValidationError
 from aum_compress.audio.config import InputSpec
 from aum_compress.audio.front_ends import LOG_MEL
 from aum_compress.bundle import CARD, BundleCard, file_sha256
-from aum_compress.export.metadata import OnnxMetadata
+from aum_compress.errors import DataError
+from aum_compress.export.metadata import RATE_KEY, OnnxMetadata
 from aum_compress.export.onnx_writer import OUTPUT_NAME, fold_if_needed
+from aum_compress.export.runtime import clip_features, run_session
 from aum_compress.export.verification import Check, finding
 from aum_compress.models.factory import Model
 from aum_compress.models.quantized import stored_tensors
@@ -30,8 +33,31 @@ def check_names(session: InferenceSession, metadata: OnnxMetadata) -> Check:
     return finding("names", problems)
 
 
-def check_shapes(session: InferenceSession, metadata: OnnxMetadata) -> Check:
-    """Types and shapes against the metadata's front-end and labels."""
+def check_metadata(session: InferenceSession, metadata: OnnxMetadata) -> Check:
+    """What the metadata say, against themselves: a front-end that can be built and makes features of a clip, and the
+    sample rate, which stands there a second time for readers that look no deeper."""
+    problems = []
+    stated = session.get_modelmeta().custom_metadata_map.get(RATE_KEY)
+    if stated != json.dumps(metadata.sample_rate_hz):
+        problems.append(f"{RATE_KEY} is {stated}, input.front_end says {metadata.sample_rate_hz}")
+    try:
+        InputSpec.model_validate(dict(metadata.input))
+        clip_features(np.zeros(metadata.clip_samples), metadata)
+    except ValidationError as error:
+        for found in error.errors():
+            place = ".".join(map(str, ("input", *found["loc"])))
+            problems.append(f"{place}: {found['msg'].removeprefix('Value error, ')}")
+    except DataError as error:  # a clip too short for one frame
+        problems.append(str(error))
+    return finding("metadata", problems)
+
+
+def check_shapes(session: InferenceSession, front_end: InferenceSession | None, metadata: OnnxMetadata) -> Check:
+    """Types and shapes against the metadata's front-end and labels.
+
+    Args:
+        front_end: of a file that has one inside; what it makes of a clip must be what the metadata say as well.
+    """
     problems = []
     wanted = {"input": list(metadata.input_shape), "output": [len(metadata.labels)]}
     for kind, values in (("input", session.get_inputs()), ("output", session.get_outputs())):
@@ -40,6 +66,12 @@ def check_shapes(session: InferenceSession, metadata: OnnxMetadata) -> Check:
                 problems.append(f"{value.name} is {value.type} {value.shape}, wanted float32 (batch, *{wanted[kind]})")
             elif isinstance(value.shape[0], int) and value.shape[0] != 1:
                 problems.append(f"{value.name} has a batch of {value.shape[0]}, wanted 1 or an open one")
+    if front_end is not None and not problems:
+        made = run_session(front_end, np.zeros((1, *metadata.input_shape), dtype=np.float32)).shape[1:]
+        if made != metadata.feature_shape:
+            problems.append(
+                f"the front-end inside makes features of {list(made)}, wanted {list(metadata.feature_shape)}"
+            )
     return finding("shapes", problems)
 
 
