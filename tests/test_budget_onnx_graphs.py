@@ -9,7 +9,9 @@ from onnx import numpy_helper, parser
 from onnx_text import counted, graph, ones
 
 from aum_compress.budget.check_onnx import check_onnx
+from aum_compress.budget.onnx_bytes import explain_bytes
 from aum_compress.budget.onnx_graph import measure_graph
+from aum_compress.budget.records import Limits
 from aum_compress.errors import AumError, ModelFileError
 
 
@@ -97,6 +99,59 @@ def test_weights_in_constant_nodes_and_functions_are_stored_once(tmp_path):
     report = check_onnx(saved(model, tmp_path / "constants.onnx"))
     assert report.param_bytes == 16
     assert report.elementwise == {"add": 8}
+
+
+def test_a_layer_is_no_front_end_by_its_name(tmp_path):
+    text = "g (float[1,6] x) => (float[1,3] z) { y = Gemm (x, front_end.weight)  z = Gemm (y, head.weight) }"
+    model = graph(text.replace(".", "_"), front_end_weight=ones(6, 5), head_weight=ones(5, 3))
+    for named in (*model.graph.initializer, *model.graph.node):
+        if isinstance(named, onnx.NodeProto):
+            named.input[1] = named.input[1].replace("_w", ".w")
+        else:
+            named.name = named.name.replace("_w", ".w")
+    report = check_onnx(saved(model, tmp_path / "m.onnx"))
+    assert (report.param_bytes, report.macs) == (30 * 4 + 15 * 4, 30 + 15)
+    assert (report.front_end_bytes, report.front_end_macs) == (None, None)
+    assert [(layer.name, layer.param_bytes, layer.macs) for layer in report.layers] == [
+        ("front_end", 120, 30),
+        ("head", 60, 15),
+    ]
+    assert (
+        set(explain_bytes(model, {"head.weight": (60, "float32"), "front_end.weight": (120, "float32")}).by_reason)
+        == set()
+    )
+    with pytest.raises(AumError, match=r"front_end\.weight: 120 bytes float32 in the file, 0 bytes \(absent\)"):
+        explain_bytes(model, {"head.weight": (60, "float32")})
+
+
+LOG_MEL = """<domain: "aum_compress", opset_import: ["": 20]>
+LogMel (waveform, mel) => (features) { own = Constant <value = float[2] {1.0, 2.0}> ()
+    filtered = MatMul (waveform, mel)  features = Mul (filtered, own) }"""
+
+
+@pytest.mark.parametrize(("weight", "apart"), [("w", 6 * 2 * 4 + 2 * 4), ("mel", 2 * 4)])
+def test_a_front_end_is_what_its_functions_alone_read_and_hold(weight, apart, tmp_path):
+    nodes = f"f = aum_compress.LogMel (x, mel)  y = MatMul (x, {weight})  z = Add (f, y)"
+    model = graph(f"g (float[1,6] x) => (float[1,2] z) {{ {nodes} }}", **{name: ones(6, 2) for name in {"mel", weight}})
+    model.opset_import.add(domain="aum_compress", version=1)
+    model.functions.append(parser.parse_function(LOG_MEL))
+    report = check_onnx(saved(model, tmp_path / "m.onnx"))
+    assert (report.param_bytes, report.macs) == (6 * 2 * 4, 12)
+    assert (report.front_end_bytes, report.front_end_macs) == (apart, 12)
+
+
+def test_integers_that_are_more_than_a_shape_are_parameters(tmp_path):
+    model = graph(
+        """g (float[1,6] x) => (float[1,20] z) <int64[2] shape = {1, 6}> {
+            r = Reshape (x, shape)  wide = Cast <to = 1> (head_weight)  z = MatMul (r, wide)
+        }""",
+        head_weight=np.ones((6, 20), np.int64),
+    )
+    report = check_onnx(saved(model, tmp_path / "m.onnx"), Limits(max_param_bytes=6 * 20 * 8 - 1))
+    assert (report.param_bytes, report.params, report.wide_params) == (6 * 20 * 8, 120, 120)
+    assert [(layer.name, layer.macs) for layer in report.layers if layer.macs] == [("head_weight", 120)]
+    assert any("16 bytes of shapes, axes and single constants" in note for note in report.notes)
+    assert report.over
 
 
 def test_macs_are_for_one_second(tmp_path):

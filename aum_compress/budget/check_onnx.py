@@ -10,7 +10,7 @@ from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.onnx_bytes import explain_bytes
 from aum_compress.budget.onnx_file import file_bytes, input_record, read_onnx
 from aum_compress.budget.onnx_graph import measure_graph
-from aum_compress.budget.onnx_stored import FRONT_END, onnx_stored
+from aum_compress.budget.onnx_stored import onnx_stored
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree, per_second
 from aum_compress.errors import AumError
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
@@ -44,11 +44,14 @@ def check_onnx(
     """
     model = read_onnx(path)
     measured = measure_graph(model, str(path), dims, trips)
-    layers, left_out = onnx_stored(model)
+    found = onnx_stored(model)
+    layers, operations = found.layers, measured.operations
     spec = _input_spec(input_record(model))
     notes = [*measured.notes]
-    if left_out:
-        notes.append(f"{left_out:,} bytes of shapes, axes and single constants are structure, not parameters")
+    if found.structure_bytes:
+        notes.append(
+            f"{found.structure_bytes:,} bytes of shapes, axes and single constants are structure, not parameters"
+        )
     if stored is not None:
         notes.append(explain_bytes(model, stored, str(path)).summary)
     if clip_seconds is None:
@@ -57,10 +60,10 @@ def check_onnx(
             notes.append("the file does not say how long a clip is: one run is taken to be 1 s of audio")
     if clip_seconds <= 0:
         raise AumError(f"{path}: clip_seconds: found {clip_seconds}, wanted a positive number")
-    front_end, inside = _front_end_macs(spec, measured.operations, clip_seconds), layers.pop(FRONT_END, None)
-    if inside is not None:
+    front_end = None if spec is None else front_end_macs(spec)  # an estimate of what is computed before the graph
+    if measured.front_end is not None:
+        front_end = per_second(measured.front_end.macs, clip_seconds)
         notes.append("the front-end is part of the file; its bytes and MACs stand apart and are not gated")
-    operations = {name: own for name, own in measured.operations.items() if name != FRONT_END}
     witnesses = {"ONNX graph": {name: own.macs for name, own in operations.items()}}
     if config is not None:
         witnesses["configuration"] = analytic_macs(config)
@@ -72,7 +75,7 @@ def check_onnx(
         clip_seconds=clip_seconds,
         witnesses=tuple(witnesses),
         front_end_macs=front_end,
-        front_end_bytes=None if inside is None else inside.param_bytes,
+        front_end_bytes=found.front_end_bytes,
         peak_activation_bytes=measured.peak_activation_bytes,
         file_bytes=file_bytes(path, model),
         notes=tuple(notes),
@@ -84,13 +87,6 @@ def _layer(name: str, stored: Stored, operations: Operations) -> LayerCost:
     return LayerCost(
         name, kind, stored.param_bytes, stored.params, operations.macs, operations.elementwise, stored.wide_params
     )
-
-
-def _front_end_macs(spec: InputSpec | None, operations: Mapping[str, Operations], clip_seconds: float) -> int | None:
-    """For one second: as the graph computes it, else an estimate of what is computed before the graph."""
-    if FRONT_END in operations:
-        return per_second(operations[FRONT_END].macs, clip_seconds)
-    return None if spec is None else front_end_macs(spec)
 
 
 def _input_spec(record: dict | None) -> InputSpec | None:

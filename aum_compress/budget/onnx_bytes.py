@@ -12,7 +12,8 @@ import onnx
 from safetensors import safe_open
 
 from aum_compress.budget.onnx_file import read_onnx, stored_bytes, stored_constants
-from aum_compress.budget.onnx_stored import FRONT_END, is_structure, scale_names
+from aum_compress.budget.onnx_front_end import front_end_tensors
+from aum_compress.budget.onnx_stored import is_structure, scale_names
 from aum_compress.errors import AumError, ModelFileError, join_problems
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1}
@@ -126,7 +127,7 @@ def explain_bytes(
     if isinstance(model, Path):
         source, model = str(model), read_onnx(model)
     in_file = dict(stored_constants(model))
-    scales = scale_names(model)
+    scales, front_end = scale_names(model), front_end_tensors(model)
     folded = {name.rpartition(".")[0] for name in stored if name.endswith(".running_mean") and name not in in_file}
     rows, problems = [], []
     for name in dict.fromkeys((*stored, *in_file)):
@@ -134,6 +135,8 @@ def explain_bytes(
         onnx_bytes = 0 if own is None else stored_bytes(own)
         if own is None:
             reason = _only_in_bundle(name, folded)
+        elif name not in stored and name in front_end:
+            reason = FRONT_END_TENSOR
         elif name not in stored:
             reason = _only_in_file(name, own, in_file, stored, scales, bool(folded))
         else:
@@ -173,8 +176,6 @@ def _only_in_file(
     quantised = _type(in_file[weight]) in INTEGERS if weight in in_file else True  # scan inputs have no weight
     if own in QUANTISATION and name in scales and quantised:
         return SCALES
-    if module == FRONT_END:
-        return FRONT_END_TENSOR
     if own == "input_factor" and f"{module}.input_scale" in in_file:
         return SMOOTHED
     if own == "bias" and some_folded and weight in stored and weight in in_file:

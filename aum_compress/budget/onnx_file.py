@@ -142,22 +142,28 @@ def stored_constants(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorP
 
     Of a sparse tensor these are its values and, under the same name with `.indices` behind it, their places.
     """
-    yield from _graph_constants(model.graph)
+    yield from graph_constants(model.graph)
     for function in model.functions:
-        yield from _node_constants(function.node)
+        yield from function_constants(function)
 
 
-def _graph_constants(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+def graph_constants(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Those of a graph and its bodies."""
     yield from ((tensor.name, tensor) for tensor in graph.initializer)
     for tensor in graph.sparse_initializer:
         yield from _sparse_parts(tensor.values.name, tensor)
     yield from _node_constants(graph.node)
 
 
+def function_constants(function: onnx.FunctionProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Those of a function, under the names that they have in it."""
+    yield from _node_constants(function.node)
+
+
 def _node_constants(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
     for node in nodes:
         for body in bodies(node):
-            yield from _graph_constants(body)
+            yield from graph_constants(body)
         if node.op_type == "Constant":
             held = constant_of(node)
             if isinstance(held, onnx.SparseTensorProto):

@@ -16,10 +16,11 @@ from aum_compress.budget.onnx_contrib import contrib_function, is_contrib
 from aum_compress.budget.onnx_control import CONTROL, BodyRun, ControlRun, run_if, run_loop, run_scan
 from aum_compress.budget.onnx_cost import COUNTED, Cost, node_operations, source_of
 from aum_compress.budget.onnx_file import input_sizes
+from aum_compress.budget.onnx_front_end import FRONT_END_FUNCTIONS
 from aum_compress.budget.onnx_functions import bound, definition
 from aum_compress.budget.onnx_memory import Step, peak_bytes
 from aum_compress.budget.onnx_recurrence import Neighbourhood, around_recurrences, is_recurrence, silu_gates
-from aum_compress.budget.onnx_stored import FRONT_END, scale_names
+from aum_compress.budget.onnx_stored import is_structure, scale_names
 from aum_compress.budget.onnx_values import (
     FLOATING,
     Origin,
@@ -39,9 +40,6 @@ SCAN_DOMAIN, SCAN_PREFIX = "aum_compress", "SelectiveScan"
 """Domain, and how the names begin, of the model-local functions that `export` writes around a scan."""
 TWO_WAY = ("FoBi", "BiBi")
 """How they go on where two directions are in one."""
-FRONT_END_FUNCTIONS = {("aum_compress", name) for name in ("LogMel", "KaldiFbank", "Resample")}
-"""Those that turn a waveform into features; all that they compute belongs to the layer `FRONT_END`."""
-
 
 KNOWN = COUNTED.union(CONTROL, ONNX_BY_DEFINITION)
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -54,6 +52,8 @@ class GraphCost:
 
     operations: Mapping[str, Operations]
     """Layer -> operations."""
+    front_end: Operations | None
+    """Of a front-end inside the file, which no layer has; None where there is none."""
     peak_activation_bytes: int | None
     """None where the size of a value depends on other values; see `onnx_memory` for what is assumed."""
     notes: tuple[str, ...]
@@ -83,7 +83,7 @@ def measure_graph(
     """
     types, batches = input_sizes(model, source, dims or {})
     walk = _Walk(model, source, trips or {})
-    scope = Scope(_opsets(model.opset_import))
+    scope = walk.main = Scope(_opsets(model.opset_import))
     inputs = [Value(name, kind) for name, kind in types.items()]
     found = walk.graph(model.graph, scope, inputs)
     if walk.unknown:
@@ -98,7 +98,7 @@ def measure_graph(
         notes.append(f"input {', '.join(batches)} is open in its first axis: counted for a batch of one")
     if found.peak_bytes is None:
         notes.append("peak activation bytes are unknown: the size of a value depends on other values")
-    return GraphCost(found.cost.operations(), found.peak_bytes, tuple(notes))
+    return GraphCost(found.cost.operations(), walk.front_end.operations().get(""), found.peak_bytes, tuple(notes))
 
 
 def _opsets(imports: Sequence[onnx.OperatorSetIdProto]) -> dict[str, int]:
@@ -119,6 +119,9 @@ class _Walk:
         self.scales = scale_names(model)
         self.unknown: list[str] = []
         self.notes: list[str] = []
+        self.main: Scope | None = None
+        """Of the main graph, which alone calls a front-end."""
+        self.front_end = Cost()
         self.loops: set[str] = set()
         """Names that `trips` may use."""
 
@@ -214,8 +217,8 @@ class _Walk:
     ) -> list[Step]:
         """The nodes of a function, as if they stood in place of its call."""
         is_scan = node.domain == SCAN_DOMAIN and node.op_type.startswith(SCAN_PREFIX)
-        is_front_end = (node.domain, node.op_type) in FRONT_END_FUNCTIONS
-        layer = FRONT_END if is_front_end else scope.layer_of(node)
+        is_front_end = scope is self.main and (node.domain, node.op_type) in FRONT_END_FUNCTIONS
+        layer = "" if is_front_end else scope.layer_of(node)
         inner = Scope(
             _opsets(function.opset_import),
             scope,
@@ -225,7 +228,7 @@ class _Walk:
             is_scan=is_scan or scope.is_scan,
         )
         inner.values |= {name: value for name, value in zip(function.input, inputs) if value is not None}
-        ran = Cost() if is_scan else cost
+        ran = Cost() if is_scan else self.front_end if is_front_end else cost
         steps = self._nodes(bound(function, node), inner, ran)
         if is_scan:
             defined = _scan_operations(node, inputs)
@@ -315,8 +318,8 @@ class _Walk:
 
     def _is_weight(self, name: str, tensor: onnx.TensorProto) -> bool:
         """A stored tensor that gives its name to a layer."""
-        several = math.prod(tensor.dims) > 1 and tensor.data_type != onnx.TensorProto.INT64
-        return name in self.scales or several
+        several = math.prod(tensor.dims) > 1
+        return name in self.scales or (several and not is_structure(name, tensor, self.scales))
 
 
 def _scan_operations(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> dict[str, int]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import onnx
 
 from aum_compress.budget.onnx_file import read_onnx, stored_bytes
-from aum_compress.budget.onnx_stored import FRONT_END, is_structure, scale_names
-from aum_compress.budget.onnx_values import layer_name
+from aum_compress.budget.onnx_front_end import front_end_tensors
+from aum_compress.budget.onnx_stored import is_structure, scale_names
 
 PARAMETERS = "parameters (gated)"
 FRONT_END_VALUES = "front-end: tensors"
@@ -31,14 +31,14 @@ def file_parts(path: Path) -> dict[str, int]:
     """
     model = read_onnx(path)
     parts: Counter[str] = Counter()
-    scales = scale_names(model)
+    scales, front_end = scale_names(model), front_end_tensors(model)
 
     def add_values(name: str, tensor: onnx.TensorProto) -> int:
         values = (
             0 if tensor.data_location == onnx.TensorProto.EXTERNAL else min(stored_bytes(tensor), tensor.ByteSize())
         )
         structure = STRUCTURE if is_structure(name, tensor, scales) else PARAMETERS
-        parts[FRONT_END_VALUES if layer_name(name) == FRONT_END else structure] += values
+        parts[FRONT_END_VALUES if name in front_end else structure] += values
         return values
 
     for tensor in model.graph.initializer:

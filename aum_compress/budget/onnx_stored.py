@@ -1,16 +1,26 @@
 """Bytes that an ONNX file stores, by layer. Torch-free."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import onnx
 
-from aum_compress.budget.onnx_file import all_graphs, bits, stored_bytes, stored_constants
+from aum_compress.budget.onnx_file import (
+    all_graphs,
+    bits,
+    function_constants,
+    graph_constants,
+    stored_bytes,
+    stored_constants,
+)
+from aum_compress.budget.onnx_front_end import front_end_functions, front_end_tensors
 from aum_compress.budget.onnx_values import layer_name
 from aum_compress.budget.records import Stored, wide_values
 
-FRONT_END = "front_end"
-"""Layer of a file's own front-end, which is outside every budget."""
+MOST_STRUCTURE = 64
+"""Values of the longest int64 tensor that is taken for a shape, axes or the like. A longer one may be a table or hold
+weights, which a Cast makes of it, and has to be stored in either case."""
 SCALES = {
     "QuantizeLinear": (1, 2),
     "DequantizeLinear": (1, 2),
@@ -34,12 +44,22 @@ SCALES = {
 """Operator, of the standard or not -> places of quantisation scales and zero points among its inputs."""
 
 
-def onnx_stored(model: onnx.ModelProto) -> tuple[dict[str, Stored], int]:
-    """Layer -> what the file stores of it, at its stored width, and the bytes left out.
+@dataclass(frozen=True)
+class FileStored:
+    """What a file stores, at its stored width."""
 
-    Left out are constants of structure, which no training has set: int64 shapes and axes, and single numbers such as an
-    epsilon, but never a quantisation scale or zero point. A tensor that several nodes read is stored and counted once.
-    Of a sparse tensor its values and their places count, as stored.
+    layers: Mapping[str, Stored]
+    """What counts, by layer."""
+    front_end_bytes: int | None
+    """Of a front-end inside the file, outside the budget; None where there is none."""
+    structure_bytes: int
+    """Left out: constants of structure, which no training has set."""
+
+
+def onnx_stored(model: onnx.ModelProto) -> FileStored:
+    """What a file stores. Structure are int64 shapes and axes, and single numbers such as an epsilon, but never a
+    quantisation scale or zero point. A tensor that several nodes read is stored and counted once. Of a sparse tensor
+    its values and their places count, as stored.
     """
     scales, packed = scale_names(model), _packed_weights(model)
     statistics = {
@@ -51,11 +71,14 @@ def onnx_stored(model: onnx.ModelProto) -> tuple[dict[str, Stored], int]:
     }
     places = {f"{name}.indices" for name in _sparse_names(model)}
     layers: dict[str, Stored] = {}
-    left_out = 0
-    for name, tensor in stored_constants(model):
+    apart = left_out = 0
+    for in_front_end, name, tensor in _constants(model):
         size = stored_bytes(tensor)
         if name not in places and is_structure(name, tensor, scales):
             left_out += size
+            continue
+        if in_front_end:
+            apart += size
             continue
         own = Stored(size)
         if name not in scales | statistics | places:
@@ -63,12 +86,23 @@ def onnx_stored(model: onnx.ModelProto) -> tuple[dict[str, Stored], int]:
             own = Stored(size, packed.get(name, math.prod(tensor.dims)), wide)
         layer = layer_name(name.removesuffix(".indices") if name in places else name)
         layers[layer] = layers.get(layer, Stored()) + own
-    return layers, left_out
+    return FileStored(layers, apart if front_end_functions(model) else None, left_out)
+
+
+def _constants(model: onnx.ModelProto) -> Iterator[tuple[bool, str, onnx.TensorProto]]:
+    """All of `stored_constants`, and whether they belong to a front-end inside the file."""
+    read, called = front_end_tensors(model), front_end_functions(model)
+    for name, tensor in graph_constants(model.graph):
+        yield name.removesuffix(".indices") in read, name, tensor
+    for function in model.functions:
+        for name, tensor in function_constants(function):
+            yield (function.domain, function.name) in called, name, tensor
 
 
 def is_structure(name: str, tensor: onnx.TensorProto, scales: set[str]) -> bool:
     """A constant that no training has set."""
-    return name not in scales and (tensor.data_type == onnx.TensorProto.INT64 or not tensor.dims)
+    whole = tensor.data_type == onnx.TensorProto.INT64 and math.prod(tensor.dims) <= MOST_STRUCTURE
+    return name not in scales and (whole or not tensor.dims)
 
 
 def scale_names(model: onnx.ModelProto) -> set[str]:
