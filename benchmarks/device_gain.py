@@ -4,8 +4,8 @@
     python benchmarks/device_gain.py --summary            Markdown of benchmarks/results/device_gain.jsonl
 
 The student is one of benchmarks/esc10_mobile.py, not trained again where that benchmark has left its bundles in --work.
-It is fine-tuned on each device of training by the defaults of the stage `devices` (50 epochs at 5e-4, Freq-MixStyle off,
-as in DCASE's baseline) in batches of 32, and quantised after training. Accuracy is that of the int8 files in
+It is fine-tuned on each device of training by the defaults of the stage `devices` (50 epochs at 5e-4, Freq-MixStyle
+off, as in DCASE's baseline) in batches of 32, and quantised after training. Accuracy is that of the int8 files in
 onnxruntime on the device's own test segments, which chose nothing.
 """
 
