@@ -8,8 +8,10 @@ import pytest
 from onnx import numpy_helper, parser
 from onnx_text import counted, graph, ones
 
+from aum_compress.audio.config import InputSpec, LogMelConfig
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.onnx_bytes import explain_bytes
+from aum_compress.budget.onnx_file import INPUT_KEY
 from aum_compress.budget.onnx_graph import measure_graph
 from aum_compress.budget.records import Limits
 from aum_compress.errors import AumError, ModelFileError
@@ -116,10 +118,8 @@ def test_a_layer_is_no_front_end_by_its_name(tmp_path):
         ("front_end", 120, 30),
         ("head", 60, 15),
     ]
-    assert (
-        set(explain_bytes(model, {"head.weight": (60, "float32"), "front_end.weight": (120, "float32")}).by_reason)
-        == set()
-    )
+    both = {"head.weight": (60, "float32"), "front_end.weight": (120, "float32")}
+    assert explain_bytes(model, both).by_reason == {}
     with pytest.raises(AumError, match=r"front_end\.weight: 120 bytes float32 in the file, 0 bytes \(absent\)"):
         explain_bytes(model, {"head.weight": (60, "float32")})
 
@@ -152,6 +152,18 @@ def test_integers_that_are_more_than_a_shape_are_parameters(tmp_path):
     assert [(layer.name, layer.macs) for layer in report.layers if layer.macs] == [("head_weight", 120)]
     assert any("16 bytes of shapes, axes and single constants" in note for note in report.notes)
     assert report.over
+
+
+def test_the_clip_length_that_a_file_states_cannot_be_overruled(tmp_path):
+    model = graph("g (float[1,6] x) => (float[1,5] y) { y = MatMul (x, w) }", w=ones(6, 5))
+    spec = InputSpec(front_end=LogMelConfig(), clip_seconds=2.0)
+    onnx.helper.set_model_props(model, {INPUT_KEY: spec.model_dump_json()})
+    path = saved(model, tmp_path / "m.onnx")
+    assert check_onnx(path).macs == check_onnx(path, clip_seconds=2.0).macs == 15
+    with pytest.raises(
+        AumError, match=r"m\.onnx: clip_seconds: found 60, wanted 2, the clip length that the file states"
+    ):
+        check_onnx(path, clip_seconds=60.0)
 
 
 def test_macs_are_for_one_second(tmp_path):

@@ -33,14 +33,14 @@ def check_onnx(
         config: of the model that was exported; the count from it must then agree with the graph's, layer by layer.
         stored: bytes and type of each tensor of the bundle that was exported (`onnx_bytes.bundle_sizes`); what the
             file stores must then follow from them, to the byte.
-        clip_seconds: length of a clip; when left out, what the file's own metadata say, else 1 s, with a note.
+        clip_seconds: length of a clip, of a file whose metadata state none; then 1 s when left out, with a note.
         dims: size of each symbolic input dimension; a leading one not named here is a batch of one.
         trips: name of a Loop, or of one of its outputs -> trips to count; needed where their number depends on values.
 
     Raises:
         ModelFileError: not an ONNX file, cut short, weights beside it absent, a dimension without a value, a Loop whose
             trips are unknown.
-        AumError: an operator whose cost is unknown, or two counts that differ.
+        AumError: an operator whose cost is unknown, two counts that differ, or a file that states another clip length.
     """
     model = read_onnx(path)
     measured = measure_graph(model, str(path), dims, trips)
@@ -60,6 +60,11 @@ def check_onnx(
             notes.append("the file does not say how long a clip is: one run is taken to be 1 s of audio")
     if clip_seconds <= 0:
         raise AumError(f"{path}: clip_seconds: found {clip_seconds}, wanted a positive number")
+    if spec is not None and clip_seconds != spec.clip_seconds:  # a longer clip would spread the MACs thinner
+        raise AumError(
+            f"{path}: clip_seconds: found {clip_seconds:g}, wanted {spec.clip_seconds:g}, the clip length that the "
+            "file states; leave it (--clip-seconds on the command line) out"
+        )
     front_end = None if spec is None else front_end_macs(spec)  # an estimate of what is computed before the graph
     if measured.front_end is not None:
         front_end = per_second(measured.front_end.macs, clip_seconds)
