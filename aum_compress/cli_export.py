@@ -74,7 +74,6 @@ def export(
                 f"{source}: an exported file only gets its front-end inside, or another format; --precision, "
                 "--dynamic-batch, --scan and --input features are for the export of a bundle"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         as_it_is = ort and reads is None and input_rate is None
         _convert(source if as_it_is else _with_front_end(source, folder, input_rate), folder, ort)
         return
@@ -98,23 +97,24 @@ def export(
 
 
 def _with_front_end(source: Path, folder: Path, input_rate: int | None) -> Path:
-    from aum_compress.export.verify import verify_onnx
-    from aum_compress.export.waveform_input import write_waveform_file
+    from aum_compress.exporting import add_front_end
 
-    target = folder / f"{source.stem}-waveform.onnx"
-    write_waveform_file(source, target, input_rate)
-    verify_onnx(target).enforce()
-    say(f"{target}  verified")
+    target, held = add_front_end(source, folder, input_rate)
+    unknown = f"; no golden.npz beside {source.name} says whether its model is right"
+    say(f"{target}  {'verified' if held else 'front-end verified' + unknown}")
     return target
 
 
 def _convert(source: Path, folder: Path, ort: bool) -> None:
+    from aum_compress.export.onnx_file import make_plain_folder
     from aum_compress.export.ort_format import CONFIG, required_operators, write_ort
 
     if ort:
+        make_plain_folder(folder)
         target = (folder / source.name).with_suffix(".ort")
         write_ort(source, target)
-        (folder / CONFIG).write_text(required_operators([target]), encoding="utf-8")
+        # one build serves all files there: those of earlier calls stay in its list of operators
+        (folder / CONFIG).write_text(required_operators(sorted(folder.glob("*.ort"))), encoding="utf-8")
         say(f"{target}  equal to {source.name}")
         _say_operators(folder)
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aum_compress.budget.check import check_model
@@ -10,10 +10,11 @@ from aum_compress.bundle import CARD, GOLDEN, Bundle, ParentRef, now, read_bundl
 from aum_compress.errors import BundleError
 from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
 from aum_compress.export.model_card import MODEL_CARD, model_card
+from aum_compress.export.onnx_file import make_plain_folder
 from aum_compress.export.onnx_writer import export_onnx
 from aum_compress.export.scan_forms import ScanForm
 from aum_compress.export.verify import Reference, verify_onnx
-from aum_compress.export.verify_inputs import golden_file
+from aum_compress.export.verify_inputs import golden_file, read_golden
 from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.quantized import stored_tensors
 from aum_compress.models.storage import QUANTISED
@@ -101,3 +102,31 @@ def _keep_models(bundle: Bundle, folder: Path) -> None:
             f"--to {folder}: holds the model of stage {there.stage} of recipe {there.recipe}, which would be lost; "
             "name a new folder, or one with an earlier export"
         )
+
+
+def add_front_end(source: Path, folder: Path, input_rate_hz: int | None) -> tuple[Path, bool]:
+    """Writes to `folder` the exported file at `source` with its front-end inside, `<name>-waveform.onnx`.
+
+    The source is verified first, and the new file on the golden arrays that stand beside the source, so that a wrong
+    model does not pass because it is compared with itself.
+
+    Returns:
+        the new file, and whether there were golden arrays to hold the model against.
+
+    Raises:
+        BundleError: a `folder` that is a bundle.
+        ModelFileError: as `write_waveform_file`.
+        VerificationFailed: the source or the new file is wrong; nothing is written then.
+    """
+    target = folder / f"{source.stem}-waveform.onnx"
+    make_plain_folder(folder)
+    verified = verify_onnx(source)
+    verified.enforce()
+    stored = source.parent / GOLDEN
+    golden = read_golden(stored, verified.precision) if stored.is_file() else None
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        written = Path(beside) / target.name
+        write_waveform_file(source, written, input_rate_hz)
+        replace(verify_onnx(written, golden=golden), path=target).enforce()
+        os.replace(written, target)
+    return target, golden is not None

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from tiny_recipe import command, write_recipe
 
 from aum_compress.bundle import read_bundle
+from aum_compress.export.ort_format import operator_names
 
 STAGES = ("01-reference", "02-teacher", "04-distill", "05-prune", "06-quantize", "07-export")
 
@@ -215,6 +216,46 @@ def test_front_end_is_put_into_an_exported_file(exports, tmp_path):
     assert onnx.load(to / "model-int8-waveform.onnx").graph.input[0].name == "waveform"
     assert "only gets its front-end inside" in message("export", source, "--to", to, "--precision", "int8")
     assert "reads waveform already" in message("export", exports / "model-int8-waveform.onnx", "--to", to)
+
+
+def test_a_wrong_file_gets_no_front_end(exports, tmp_path):
+    """Golden arrays are beside the source, not beside what is made of it."""
+    to, source = tmp_path / "new", altered(exports / "model-fp32.onnx", tmp_path / "model-fp32.onnx")
+    words = ("export", source, "--to", to, "--input", "waveform")
+    assert answer(*words).endswith(
+        "-waveform.onnx  front-end verified; no golden.npz beside model-fp32.onnx says whether its model is right\n"
+    )
+    (to / "model-fp32-waveform.onnx").unlink()
+    shutil.copy(exports / "golden.npz", tmp_path)
+    assert f"{source}: is not what golden logits says" in message(*words, code=4)
+    assert list(to.iterdir()) == []
+
+
+def test_a_front_end_that_fails_leaves_no_file(exports, tmp_path, monkeypatch):
+    def write(source, target, rate):
+        target.write_bytes((exports / "model-fp16-waveform.onnx").read_bytes())
+
+    monkeypatch.setattr("aum_compress.exporting.write_waveform_file", write)
+    to = tmp_path / "new"
+    text = message("export", exports / "model-fp32.onnx", "--to", to, "--input", "waveform", code=4)
+    assert f"{to / 'model-fp32-waveform.onnx'}: is not what golden logits says" in text
+    assert list(to.iterdir()) == []
+
+
+def test_single_files_are_never_written_into_a_bundle(exports):
+    for words in (("--input", "waveform"), ("--format", "ort")):
+        text = message("export", exports / "model-int8.onnx", "--to", exports, *words)
+        assert "is a bundle, whose files never change" in text
+    taken = message("export", exports / "model-int8.onnx", "--to", exports / "report.json", "--format", "ort")
+    assert "no folder can be made there" in taken
+
+
+def test_operators_of_files_in_one_folder_come_together(exports, tmp_path):
+    to, listed = tmp_path / "new", []
+    for name in ("model-int8-waveform.onnx", "model-fp32.onnx"):
+        answer("export", exports / name, "--to", to, "--format", "ort")
+        listed.append(operator_names((to / "required_operators.config").read_text()))
+    assert set(listed[0]) < set(listed[1]), "the second file does not drop what the first one runs"
 
 
 def test_export_in_the_format_of_onnxruntime(runs, exports, tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from aum_compress.errors import ModelFileError
+from aum_compress.bundle import CARD
+from aum_compress.errors import BundleError, ModelFileError
 from aum_compress.export.scan_function import SCAN_DOMAIN
 
 IR_VERSION, OPSET = 10, 20
@@ -58,3 +59,20 @@ def write_whole(proto: onnx.ModelProto, path: Path) -> None:
         ) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def make_plain_folder(folder: Path) -> None:
+    """A folder for single files, made if it is not there.
+
+    Raises:
+        BundleError: a bundle, whose files never change.
+        ModelFileError: it cannot be made.
+    """
+    if (folder / CARD).is_file():
+        raise BundleError(f"--to {folder}: is a bundle, whose files never change; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelFileError(
+            f"--to {folder}: no folder can be made there: {error.strerror or error}. Name another place"
+        ) from None
