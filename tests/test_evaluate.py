@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from tiny_recipe import command, write_recipe
 
+from aum_compress.data.clips import Clip
 from aum_compress.data.tau import recording
 from aum_compress.errors import DataError
 from aum_compress.evaluate import bootstrap
 from aum_compress.evaluate.bootstrap import Answers, intervals, mcnemar_p, resampled_figures, two_sided_p
+from aum_compress.evaluate.clips import recordings_of
 from aum_compress.evaluate.predictions import write_predictions
 from aum_compress.train.metrics import classification_metrics, device_groups
 
@@ -137,6 +139,21 @@ def test_all_parts_and_devices_of_a_recording_are_one_recording():
     assert {recording(name) for name in names} == {"tram-lyon-1000-40000"}
     assert recording("audio/tram-lyon-1000-40000-a.wav") == "tram-lyon-1000-40000", "of 2020, without parts"
     assert recording("dog/1.wav") is None
+
+
+def clip(name: str, label: str, device: str = "", group: str = "") -> Clip:
+    return Clip(name, Path(name), label, device, group or name)
+
+
+def test_names_with_dashes_are_recordings_of_their_own_unless_they_are_taus():
+    parts = [clip(f"audio/tram-lyon-1000-40000-{part}-a.wav", "tram", "a", "lyon-1000") for part in range(2)]
+    assert recordings_of(parts) == ["tram-lyon-1000-40000"] * 2
+    dated = [clip(f"{label}/2024-05-01-12-0{k}.wav", label) for label in ("bus", "tram") for k in range(3)]
+    assert recordings_of(dated) == [one.clip_id for one in dated]
+    listed = [clip(f"audio/2024-05-01-12-0{k}.wav", "tram", "a", "place 7") for k in range(2)]
+    assert recordings_of(listed) == ["place 7"] * 2
+    grouped = [clip(f"tram/tram-lyon-1000-40000-{k}-a.wav#0", "tram", group=f"night {k}") for k in range(2)]
+    assert recordings_of(grouped) == ["night 0", "night 1"], "what groups_csv says holds, whatever files are called"
 
 
 # --- predictions

@@ -1,5 +1,6 @@
 """On what a model is measured: all usable files of a folder, or the test part of a recipe. Torch-free."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +65,23 @@ def find_clips(data: str, settings: list[str], clip_seconds: float, seen_devices
     return TestClips(clips, frozenset(seen_devices))
 
 
-def recordings_of(clips: tuple[Clip, ...]) -> list[str]:
+def recordings_of(clips: Sequence[Clip]) -> list[str]:
     """Of each clip the recording that it was cut from: what a bootstrap draws as a whole.
 
     In TAU one recording was made at one time in one place, by several devices, and is stored in parts of one second. A
     file of class folders is a recording, or belongs to the group that its table says.
     """
-    return [recording(clip.filename) or clip.group for clip in clips]
+    return [tau_recording(clip) or clip.group for clip in clips]
+
+
+def tau_recording(clip: Clip) -> str | None:
+    """What all parts of a TAU recording have in common; None for a clip of other data.
+
+    Its name alone does not tell: `2024-05-01-12-00.wav` has as many dashes. TAU's say the class, and class folders know
+    no device.
+    """
+    found = recording(clip.filename) if clip.device else None
+    return found if found and found.startswith(f"{clip.label}-") else None
 
 
 def require_labels(clips: tuple[Clip, ...], labels: tuple[str, ...], data: str, model: Path) -> None:

@@ -10,10 +10,9 @@ import torch
 from aum_compress.console import progress
 from aum_compress.data.cache import cache_clips
 from aum_compress.data.splitting import read_table
-from aum_compress.data.tau import recording
 from aum_compress.device_names import GENERAL
 from aum_compress.errors import DataError, join_problems
-from aum_compress.evaluate.clips import find_clips, require_labels
+from aum_compress.evaluate.clips import find_clips, require_labels, tau_recording
 from aum_compress.evaluate.predictions import write_predictions
 from aum_compress.submission.inference import FILES_AT_ONCE, Submission, device_logits, predict
 from aum_compress.train.metrics import classification_metrics, log_softmax
@@ -66,12 +65,11 @@ def test_results(submission: Submission, data: str, settings: list[str]) -> Test
             found[route] = torch.stack(logits).numpy()
             reporter.advance(done, len(routes))
     shipped = found.get("device_specific", found["general"])
-    names = [clip.filename for clip in cached.clips]
     rows = [f"{clip.filename}\t{clip.label}" for clip in cached.clips]
     return TestResults(
         test_accuracy=round(100 * float((shipped.argmax(1) == targets).mean()), 2),
         for_meta={route: _for_meta(found[route], targets, submission.labels, devices) for route in reversed(found)},
-        test_list="\n".join(["filename\tscene_label", *rows, ""]) if all(map(recording, names)) else "",
+        test_list="\n".join(["filename\tscene_label", *rows, ""]) if all(map(tau_recording, cached.clips)) else "",
     )
 
 
