@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aum_compress.budget.check import check_model
-from aum_compress.bundle import CARD, GOLDEN, Bundle, ParentRef, now, read_bundle, tool_versions, write_bundle
+from aum_compress.budget.records import Limits
+from aum_compress.bundle import CARD, GOLDEN, RECIPE, Bundle, ParentRef, now, read_bundle, tool_versions, write_bundle
 from aum_compress.errors import BundleError
 from aum_compress.export.metadata import FEATURES, WAVEFORM, OnnxMetadata, Reads
 from aum_compress.export.model_card import MODEL_CARD, model_card
@@ -18,7 +19,7 @@ from aum_compress.export.verify_inputs import golden_file, read_golden
 from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.quantized import stored_tensors
 from aum_compress.models.storage import QUANTISED
-from aum_compress.publish import BUDGET_KEYS, file_name, gated_precision, ort_files, torch_models
+from aum_compress.publish import BUDGET_KEYS, file_name, gated_precision, measured_accuracy, ort_files, torch_models
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,21 @@ def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundl
     golden = golden_file(bundle.golden()[0], models)
     with tempfile.TemporaryDirectory() as beside:
         files: dict[str, bytes | Path] = {GOLDEN: golden}
+        if RECIPE in card.files:
+            files[RECIPE] = bundle.path / RECIPE
+        limits = Limits(**{"max_param_bytes": None} | card.budget["limits"]) if card.budget else Limits()
+        budgets = {}
         for precision, model in models.items():
-            report = check_model(model, card.input, stored_tensors(model, half=precision != "fp32"))
+            report = check_model(model, card.input, stored_tensors(model, half=precision != "fp32"), limits)
+            budgets[precision] = report.to_dict()
             metadata = OnnxMetadata(
                 labels=card.labels,
                 input=card.input.model_dump(),
                 precision=precision,
-                budget={key: value for key, value in report.to_dict().items() if key in BUDGET_KEYS},
+                budget={key: budgets[precision][key] for key in BUDGET_KEYS},
+                metrics=measured_accuracy(bundle),
                 recipe=card.recipe,
+                recipe_sha256=card.files.get(RECIPE, ""),
                 parent_sha256=bundle.sha256,
             )
             targets = {reads: Path(beside) / file_name(precision, reads) for reads in (FEATURES, WAVEFORM)}
@@ -82,6 +90,7 @@ def export_bundle(bundle: Bundle, folder: Path, options: ExportOptions) -> Bundl
                 "parent": ParentRef(path=os.path.relpath(bundle.path, folder), sha256=bundle.sha256),
                 "model": models[gated_precision(precisions)].config,
                 "precision": gated_precision(precisions),
+                "budget": budgets[gated_precision(precisions)],
                 "versions": tool_versions(),
                 "created": now(),
             }

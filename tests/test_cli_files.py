@@ -14,8 +14,9 @@ from audio_trees import noise
 from onnx import numpy_helper
 from tiny_recipe import command, write_recipe
 
-from aum_compress.bundle import read_bundle
+from aum_compress.bundle import file_sha256, read_bundle
 from aum_compress.export.ort_format import operator_names
+from aum_compress.export.runtime import open_session, read_metadata
 
 STAGES = ("01-reference", "02-teacher", "04-distill", "05-prune", "06-quantize", "07-export")
 
@@ -184,6 +185,18 @@ def test_export_of_a_float_bundle(runs, tmp_path):
     assert text == f"{to / 'model-fp16.onnx'}  verified\n{to / 'model-fp16-waveform.onnx'}  verified\n"
     assert read_bundle(to).card.parent.sha256 == read_bundle(runs / "05-prune").sha256
     assert record("verify", to, "--reference", runs / "05-prune")[0]["passed"]
+    source, card, path = read_bundle(runs / "05-prune").card, read_bundle(to).card, to / "model-fp16.onnx"
+    measured = record("budget", path)
+    assert card.budget["param_bytes"] == measured["param_bytes"] < source.budget["param_bytes"]
+    assert card.budget["limits"] == source.budget["limits"]
+    metadata = read_metadata(open_session(path), path)
+    assert metadata.metrics == {"stage": "prune", "accuracy": source.metrics["test"]["accuracy"]}
+    assert metadata.recipe_sha256 == file_sha256(to / "recipe.yaml") == source.files["recipe.yaml"]
+    compared = record("report", to, runs / "05-prune")["models"]
+    assert [model["step"]["param_bytes"] for model in compared] == [
+        card.budget["param_bytes"],
+        source.budget["param_bytes"],
+    ]
 
 
 def test_export_of_an_int8_bundle_is_the_file_that_shipped(runs, exports, finished, tmp_path):

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from tiny_recipe import TRAIN, finished_run, raw_recipe, recipe
 
-from aum_compress.bundle import read_bundle
+from aum_compress.bundle import file_sha256, read_bundle
 from aum_compress.errors import AumError, BudgetExceeded, BundleError, DataError, VerificationFailed
 from aum_compress.export.runtime import read_metadata, run_session
 from aum_compress.pipeline import run
@@ -94,7 +94,7 @@ def test_metadata_say_all_that_a_runtime_needs(finished):
     assert metadata.sample_rate_hz == 16_000
     assert metadata.budget["limits"] == {"max_param_bytes": 128_000, "max_macs": 30_000_000}
     assert metadata.recipe == "tiny"
-    assert len(metadata.recipe_sha256) == 64
+    assert metadata.recipe_sha256 == file_sha256(path.parent / "recipe.yaml")
 
 
 def test_pruning_shows_in_the_configuration(finished):

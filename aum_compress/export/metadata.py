@@ -66,6 +66,7 @@ class OnnxMetadata:
     """What was measured, e.g. `{"accuracy": 0.61}`."""
     recipe: str = ""
     recipe_sha256: str = ""
+    """Of `recipe.yaml` as it lies beside the model."""
     parent_sha256: str = ""
     """Of the card of the bundle that was exported."""
     tool_version: str = __version__
