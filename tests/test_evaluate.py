@@ -291,6 +291,13 @@ def test_one_recording_has_no_intervals(exports, finished, tmp_path):
     found = record("evaluate", exports, "--data", tmp_path)
     assert (found["recordings"], found["draws"], found["intervals"]) == (1, 0, {})
     assert "there is one" in answer("evaluate", exports, "--data", tmp_path)
+    words = ("evaluate", exports, "--data", tmp_path, "--compare", exports / "model-fp32.onnx")
+    tests = record(*words)["differences"]
+    assert tests["accuracy"]["difference"] is not None
+    assert {(test["interval"], test["p"]) for test in tests.values()} == {(None, None)}
+    text = answer(*words)
+    assert "no p and no interval: they are drawn from recordings, and there is one" in text
+    assert "draws" not in text
 
 
 def test_windows_of_a_file_are_one_recording(exports, tmp_path):

@@ -66,7 +66,8 @@ class Compared:
     first: Evaluated
     second: Evaluated
     differences: dict[str, dict[str, Any]]
-    """Figure -> `difference` (second less first), its `interval` and the bootstrap's two-sided `p`."""
+    """Figure -> `difference` (second less first), its `interval` and the bootstrap's two-sided `p`; both None where
+    fewer than two recordings were drawn from."""
     only_first_right: int
     only_second_right: int
     mcnemar_p: float
@@ -143,16 +144,17 @@ def compare(first_path: Path, second_path: Path, request: Request) -> Compared:
         raise DataError(
             f"{request.data}: the two front-ends leave out different clips; aum-compress data check says why"
         )
-    draws = [resampled_figures(answers, request.draws) for answers in (one, other)]
     evaluated = [_evaluated(model, answers, request) for model, answers in ((first, one), (second, other))]
+    count = evaluated[0].draws  # none of a single recording: each draw would be the very same clips
+    draws = [resampled_figures(answers, count) for answers in (one, other)] if count else []
     differences = {}
     for name in COMPARED:
         if name in evaluated[0].metrics:
-            by_draw = draws[1][(name,)] - draws[0][(name,)]
+            by_draw = draws[1][(name,)] - draws[0][(name,)] if draws else None
             differences[name] = {
                 "difference": evaluated[1].metrics[name] - evaluated[0].metrics[name],
-                "interval": intervals({(name,): by_draw}).get(name),
-                "p": two_sided_p(by_draw),
+                "interval": None if by_draw is None else intervals({(name,): by_draw}).get(name),
+                "p": None if by_draw is None else two_sided_p(by_draw),
             }
     right = [answers.logits.argmax(1) == answers.targets for answers in (one, other)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())

@@ -72,13 +72,19 @@ def comparison_lines(found: dict[str, Any]) -> list[str]:
             )
         )
     lines += aligned(rows, (False, True, True, True, True, True))
+    if first["draws"]:
+        drawn = f"p: two-sided, bootstrap over recordings of the paired difference, {first['draws']:,} draws"
+        advice = ": rely on the bootstrap"
+    else:
+        drawn = "no p and no interval: they are drawn from recordings, and there is one; test on several"
+        advice = ""
     return [
         *lines,
         "",
-        f"p: two-sided, bootstrap over recordings of the paired difference, {first['draws']:,} draws",
+        drawn,
         f"McNemar's exact test on clips: first alone right on {found['only_first_right']:,}, second alone on "
         f"{found['only_second_right']:,}, p {figure(found['mcnemar_p'], '.3f')}; it takes clips for independent, so "
-        "where recordings have several it is too small: rely on the bootstrap",
+        f"where recordings have several it is too small{advice}",
     ]
 
 
