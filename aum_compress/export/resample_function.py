@@ -77,7 +77,9 @@ def _kernel(step: int, phases: int, taps: int) -> Iterator[str]:
 
 def _convolution(step: int, phases: int, taps: int, n_in: int, n_out: int) -> Iterator[str]:
     reach = reached_samples(step, phases)
-    blocks = -(-n_out // phases)
+    # training pads what comes out of `audio.resample` with silence: no filter runs on beyond the last sample it gives
+    kept = min(n_out, -(-n_in * phases // step))
+    blocks = -(-kept // phases)
     yield ints("silence", 0, reach, 0, (blocks - 1) * step + taps - reach - n_in)
     yield "padded = Pad (samples, silence)"
     yield ints("channel_axis", 1)
@@ -86,5 +88,8 @@ def _convolution(step: int, phases: int, taps: int, n_in: int, n_out: int) -> It
     yield "by_block = Transpose <perm = [0, 2, 1]> (by_phase)"
     yield ints("flat", 0, -1)
     yield "all_blocks = Reshape (by_block, flat)"
-    yield ints("surplus", 0, 0, 0, n_out - blocks * phases)
-    yield "resampled = Pad (all_blocks, surplus)"
+    yield ints("surplus", 0, 0, 0, kept - blocks * phases)
+    yield f"{'resampled' if kept == n_out else 'whole'} = Pad (all_blocks, surplus)"
+    if kept != n_out:
+        yield ints("missing", 0, 0, 0, n_out - kept)
+        yield "resampled = Pad (whole, missing)"
