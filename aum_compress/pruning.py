@@ -146,7 +146,7 @@ class _Plan:
                 names=section.dimensions,
                 ratio=1 - (1 - section.ratio) ** (1 / self.steps),
                 round_to=section.round_to,
-                largest_share=section.max_block_ratio,
+                floors=self.floors,
                 fewest_blocks=self.fewest_blocks,
                 costing=self.costing,
             )

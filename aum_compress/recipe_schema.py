@@ -199,6 +199,10 @@ class PruneSection(Section):
     def _one_aim(self) -> "PruneSection":
         if self.to_budget and self.ratio is not None:
             raise ValueError("ratio: has no part in pruning to the budget; leave it out")
+        if self.ratio is not None and self.ratio > self.max_block_ratio:
+            raise ValueError(
+                f"ratio: {self.ratio:g} is above max_block_ratio, {self.max_block_ratio:g}: raise that one"
+            )
         if len(set(self.dimensions)) < len(self.dimensions):
             raise ValueError(f"dimensions: {', '.join(self.dimensions)}: each is named once")
         return self

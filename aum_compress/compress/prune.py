@@ -15,15 +15,8 @@ import torch
 
 from aum_compress.compress.prune_dimensions import Dimension, dimensions, resized
 from aum_compress.compress.prune_importance import Importance, Losses, best_members, member_scores, unit_scores
-from aum_compress.compress.prune_plan import (
-    CHOICES,
-    Cost,
-    Costing,
-    Room,
-    expected_losses,
-    plan_sizes,
-    share_sizes,
-)
+from aum_compress.compress.prune_plan import CHOICES, Cost, Costing, Room
+from aum_compress.compress.prune_sizes import expected_losses, plan_sizes, share_sizes
 from aum_compress.compress.prune_slice import merge_ranks_, slice_model
 from aum_compress.errors import AumError
 from aum_compress.models.audio_mamba import AudioMamba
@@ -93,11 +86,14 @@ def choose_by_ratio(
     names: Sequence[str],
     ratio: float,
     round_to: int,
-    largest_share: float,
+    floors: Mapping[str, int],
     fewest_blocks: int,
     costing: Costing,
 ) -> Choice:
     """About `ratio` of each kind of dimension named, its members ranked over all blocks together.
+
+    Args:
+        floors: place -> smallest size, `share_floors` of the model that pruning began with.
 
     Raises:
         AumError: a kind that the model does not have, or of which nothing would go.
@@ -119,7 +115,7 @@ def choose_by_ratio(
             else:
                 units = {d.place: unit_scores(d, _comparable(own[d.place], importance)) for d in places}
             if places:
-                sizes |= share_sizes(places, units, ratio, round_to, largest_share, fewest_blocks)
+                sizes |= share_sizes(places, units, ratio, round_to, floors, fewest_blocks)
         if not any(known[place].kind in kinds for place in sizes):
             raise AumError(_nothing_removed(name, [d for d in known.values() if d.kind in kinds], ratio, round_to))
     return _choice(model, known, scores, sizes, {}, costing)
@@ -261,7 +257,7 @@ def _nothing_removed(name: str, places: Sequence[Dimension], ratio: float, round
     sizes = [d.size * d.width for d in places]
     return (
         f"prune: ratio {ratio:g} removed nothing from {name} {sizes} in multiples of {round_to}. "
-        "Raise prune.ratio or lower prune.round_to"
+        "Raise prune.ratio or prune.max_block_ratio, or lower prune.steps or prune.round_to"
     )
 
 

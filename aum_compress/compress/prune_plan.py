@@ -1,16 +1,13 @@
-"""How small a model has to become, and which of its dimensions give way for it.
+"""What a model costs, how small it has to become, and how far each of its dimensions may give way for it.
 
-Sizes are planned from exact counts alone (`budget.analytic`, `budget.analytic_bytes`): no model is built. What giving
-way costs is told from outside, as the loss expected with each further unit of a dimension.
+All of it from exact counts alone (`budget.analytic`, `budget.analytic_bytes`): no model is built.
 """
 
-import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from aum_compress.budget.analytic import analytic_macs
 from aum_compress.budget.analytic_bytes import Precision, analytic_storable, analytic_stored
@@ -72,6 +69,15 @@ class Costing:
         return Cost(sum(layer.param_bytes for layer in stored.values()), macs)
 
 
+class Heads(NamedTuple):
+    """Of a Mamba-2 block: both their number and their width may give way, and d_inner is the product."""
+
+    number: int
+    width: int
+    fewest_channels: int
+    """That both together may leave of d_inner."""
+
+
 @dataclass(frozen=True)
 class Room:
     """How far each dimension of one model may give way."""
@@ -79,11 +85,27 @@ class Room:
     sizes: Mapping[str, tuple[int, ...]]
     """Place -> sizes that it may have, the present one first, descending."""
     fewest_blocks: int
+    heads: Mapping[str, Heads]
+    """Place of a Mamba-2 block -> its heads."""
 
     @property
     def smallest(self) -> dict[str, int]:
         """Every size at its end, blocks apart."""
-        return {place: sizes[-1] for place, sizes in self.sizes.items() if sizes[-1] > 0}
+        found = {place: sizes[-1] for place, sizes in self.sizes.items() if sizes[-1] > 0}
+        for block, heads in self.heads.items():
+            own = {f"{block}.d_inner": (heads.number,), f"{block}.head_dim": (heads.width,)}
+            pairs = product(*(self.sizes.get(place, now) for place, now in own.items()))
+            enough = [pair for pair in pairs if math.prod(pair) >= heads.fewest_channels]
+            found |= dict(zip(own, min(enough, key=lambda pair: (math.prod(pair), pair))))
+        return found
+
+    def allows(self, sizes: Mapping[str, int]) -> bool:
+        """Whether places, each within its own sizes, leave enough together."""
+        return all(
+            sizes.get(f"{block}.d_inner", heads.number) * sizes.get(f"{block}.head_dim", heads.width)
+            >= heads.fewest_channels
+            for block, heads in self.heads.items()
+        )
 
 
 def target_limits(limits: Limits) -> Cost:
@@ -104,20 +126,38 @@ def room(
         kinds: of dimensions. floors: place -> smallest size, `share_floors` of the model that pruning began with.
     """
     chosen = set(kinds)
-    found = {}
+    found, heads = {}, {}
     for dimension in dimensions(config):
+        if dimension.kind == "head_dim":
+            block = dimension.place.removesuffix(".head_dim")
+            heads[block] = Heads(dimension.lanes, dimension.size, floors.get(f"{block}.d_inner", 0))
         if dimension.kind in chosen:
             multiple = multiple_of(dimension, round_to)
-            floor = max(dimension.smallest, floors.get(dimension.place, 0))
+            floor = max(dimension.smallest, fewest_members(dimension, floors))
             below = range((dimension.size - 1) // multiple * multiple, floor - 1, -multiple)
             found[dimension.place] = (dimension.size, *below)
-    return Room({place: sizes for place, sizes in found.items() if len(sizes) > 1}, fewest_blocks)
+    return Room({place: sizes for place, sizes in found.items() if len(sizes) > 1}, fewest_blocks, heads)
 
 
 def share_floors(config: AudioMambaConfig, largest_share: float) -> dict[str, int]:
-    """Place -> smallest size with which no more than `largest_share` of it is gone."""
-    whole = ("blocks", "directions")
-    return {d.place: math.ceil(d.size * (1 - largest_share) - 1e-9) for d in dimensions(config) if d.kind not in whole}
+    """Place -> smallest size, in channels or what it counts, with which no more than `largest_share` of it is gone.
+
+    Widths of heads have none of their own: they and the number of heads have that of d_inner.
+    """
+    no_share = ("blocks", "directions", "head_dim")
+    return {
+        d.place: math.ceil(d.size * d.width * (1 - largest_share) - 1e-9)
+        for d in dimensions(config)
+        if d.kind not in no_share
+    }
+
+
+def fewest_members(dimension: Dimension, floors: Mapping[str, int]) -> int:
+    """With which `floors` hold where no other dimension gives way; 0 where there is none."""
+    if dimension.kind == "head_dim":
+        channels = floors.get(dimension.place.replace(".head_dim", ".d_inner"), 0)
+        return math.ceil(channels / dimension.lanes)
+    return math.ceil(floors.get(dimension.place, 0) / dimension.width)
 
 
 def fewest_blocks(config: AudioMambaConfig, largest_share: float) -> int:
@@ -160,14 +200,15 @@ def kinds_of(names: Iterable[str]) -> list[str]:
 
 def least_config(config: AudioMambaConfig, room: Room, costing: Costing, limits: Cost) -> AudioMambaConfig:
     """The smallest that pruning may leave; of the blocks, those that then use least of the limits."""
-    return resized(config, _smallest(config, room, costing, limits))
+    return resized(config, least_sizes(config, room, costing, limits))
 
 
 def _limits_text(limits: Cost) -> str:
     return f"{limits.macs:,} MACs" if limits.param_bytes >= 2**62 else limits.text()
 
 
-def _smallest(config: AudioMambaConfig, room: Room, costing: Costing, limits: Cost) -> dict[str, int]:
+def least_sizes(config: AudioMambaConfig, room: Room, costing: Costing, limits: Cost) -> dict[str, int]:
+    """By place, those of `least_config`."""
     sizes = room.smallest
     removable = [place for place, own in room.sizes.items() if own[-1] == 0]
     whole = costing(resized(config, sizes))
@@ -188,149 +229,6 @@ def step_target(now: Cost, limits: Cost, steps_left: int) -> Cost:
             for cost, limit in zip(now, limits)
         )
     )
-
-
-def plan_sizes(
-    config: AudioMambaConfig,
-    room: Room,
-    losses: Mapping[str, np.ndarray],
-    costing: Costing,
-    target: Cost,
-) -> dict[str, int]:
-    """New sizes, by place, with which the model costs no more than `target`.
-
-    Greedy: of all dimensions the one gives way, by one of its multiples, that has the least expected loss for each
-    share of what is over the target and would be saved; what it would save beyond the target counts for nothing. At
-    the end, what turned out not to be needed is given back, the most expensive first.
-
-    Args:
-        losses: place -> loss expected with each unit that goes, the first one first.
-
-    Raises:
-        BudgetExceeded: what may give way is not enough.
-    """
-    now = costing(config)
-    over = Cost(*(max(0, cost - limit) for cost, limit in zip(now, target)))
-    place_in = dict.fromkeys(room.sizes, 0)
-    """Place -> position in its sizes."""
-    sizes: dict[str, int] = {}
-    blocks = len(config.blocks)
-
-    def extra(place: str) -> float:
-        first, own = room.sizes[place][0], room.sizes[place]
-        at = place_in[place]
-        return float(losses[place][first - own[at] : first - own[at + 1]].sum())
-
-    def price(place: str) -> float:
-        at = place_in[place] + 1
-        if at >= len(room.sizes[place]) or (room.sizes[place][at] == 0 and blocks <= room.fewest_blocks):
-            return math.inf
-        then = costing(resized(config, sizes | {place: room.sizes[place][at]}))
-        gain = sum(min(a - b, a - goal) / excess for a, b, excess, goal in zip(now, then, over, target) if a > goal)
-        return extra(place) / gain if gain > 0 else math.inf
-
-    # prices only rise as other dimensions give way, so that an old one is a lower bound
-    queue = [(price(place), place) for place in room.sizes]
-    heapq.heapify(queue)
-    while not now.within(target):
-        while queue:
-            old, place = heapq.heappop(queue)
-            found = price(place)
-            if math.isinf(found):
-                continue
-            if found <= old * (1 + 1e-9) or not queue or found <= queue[0][0]:
-                break
-            heapq.heappush(queue, (found, place))
-        else:
-            raise BudgetExceeded(
-                f"prune: {now.text()} is the least that may be left here, wanted {target.text()}; raise "
-                "prune.max_block_ratio or prune.steps"
-            )
-        place_in[place] += 1
-        sizes[place] = room.sizes[place][place_in[place]]
-        blocks -= sizes[place] == 0
-        now = costing(resized(config, sizes))
-        heapq.heappush(queue, (price(place), place))
-    return _given_back(config, room, losses, costing, target, place_in)
-
-
-def _given_back(
-    config: AudioMambaConfig,
-    room: Room,
-    losses: Mapping[str, np.ndarray],
-    costing: Costing,
-    target: Cost,
-    place_in: dict[str, int],
-) -> dict[str, int]:
-    def sizes(changed: str | None = None) -> dict[str, int]:
-        steps = {place: at - (place == changed) for place, at in place_in.items() if at}
-        return {place: room.sizes[place][at] for place, at in steps.items() if at}
-
-    def last_loss(place: str) -> float:
-        own, at = room.sizes[place], place_in[place]
-        return float(losses[place][own[0] - own[at - 1] : own[0] - own[at]].sum())
-
-    waiting = sorted((place for place, at in place_in.items() if at), key=last_loss, reverse=True)
-    while waiting:
-        place = waiting.pop(0)
-        if place_in[place] and costing(resized(config, sizes(place))).within(target):
-            place_in[place] -= 1
-            waiting = sorted((*waiting, place), key=lambda p: last_loss(p) if place_in[p] else -1.0, reverse=True)
-    return sizes()
-
-
-def expected_losses(units: np.ndarray, tried: int, measured: float, least: float) -> np.ndarray:
-    """(size,) losses with each unit that goes, where the first `tried` together were measured to cost `measured`.
-
-    They are shared out by importance: what the other units cost follows from their scores.
-
-    Args:
-        units: ascending scores. least: what even a loss too small to measure, or below zero, counts as.
-    """
-    measured = max(measured, least)
-    known = units[:tried].sum()
-    if known <= 0:  # nothing that was tried matters to this importance
-        known, units = float(tried), units + 1.0
-    return units * (measured / known)
-
-
-def share_sizes(
-    places: Sequence[Dimension],
-    units: Mapping[str, np.ndarray],
-    ratio: float,
-    round_to: int,
-    largest_share: float,
-    fewest: int,
-) -> dict[str, int]:
-    """Sizes with which about `ratio` of dimensions of one kind is gone, their units ranked over all of them together.
-
-    Args:
-        units: place -> ascending scores, comparable between places. fewest: blocks that have to stay.
-    """
-    kind = places[0].kind
-    single = kind in ("blocks", "directions")  # one unit each
-    limit = {d.place: 1 if single else math.floor(largest_share * d.size + 1e-9) for d in places}
-    # a head of Mamba-2 is as many channels as it is wide
-    pool = sorted((float(units[d.place][n]) / d.width, d.place, d.width) for d in places for n in range(limit[d.place]))
-    wanted = ratio * sum(1 if single else d.size * d.width for d in places)
-    if kind == "blocks":
-        wanted = min(wanted, len(places) - fewest)
-    gone = dict.fromkeys(limit, 0)
-    for _, place, width in pool:
-        if wanted < width / 2:  # nearer to the ratio without it
-            break
-        gone[place] += 1
-        wanted -= width
-    sizes = {}
-    for dimension in places:
-        multiple = 1 if single else multiple_of(dimension, round_to)
-        size = round((dimension.size - gone[dimension.place]) / multiple) * multiple
-        if not single:  # rounding must not go below what may be left, nor to nothing
-            floor = max(1, dimension.size - limit[dimension.place])
-            size = min(dimension.size, max(size, math.ceil(floor / multiple) * multiple))
-        if size < dimension.size:
-            sizes[dimension.place] = size
-    return sizes
 
 
 def floors_behind(floors: Mapping[str, int], kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
