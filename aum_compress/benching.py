@@ -1,7 +1,7 @@
-"""`aum-compress bench`: files, bundles and presets timed in onnxruntime, side by side. Torch-free for .onnx files."""
+"""`aum-compress bench`: files, bundles and presets timed in onnxruntime, side by side. Torch-free for files."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +36,8 @@ def bench(target: str, against: str | None, rounds: int, dims: Mapping[str, int]
         file of `target` over that of `against`.
 
     Raises:
-        AumError: what is named is no file, bundle or preset, or holds no model; `against` holds several files.
+        AumError: what is named is no file, bundle or preset, or holds no model; `against` holds several files; a size
+            in `dims` that no file leaves open.
     """
     with ExitStack() as stack:
         files = dict(stack.enter_context(_files(target)))
@@ -48,6 +49,7 @@ def bench(target: str, against: str | None, rounds: int, dims: Mapping[str, int]
             ((name, path),) = others.items()
             rival = name if name not in files else f"{name} (against)"
             files[rival] = path
+        _check_dims(files.values(), dims)
         with progress("bench") as reporter:
             models = {name: _measured_alone(path, dims) for name, path in files.items()}
             ratios: dict[str, dict[str, Any]] = {name: {} for name in mine} if against is not None else {}
@@ -59,6 +61,17 @@ def bench(target: str, against: str | None, rounds: int, dims: Mapping[str, int]
                 reporter.advance(done, len(THREADS))
     found = {"machine": machine(), "rounds": rounds, "models": [{"name": n, **record} for n, record in models.items()]}
     return found if against is None else found | {"against": rival, "ratios": ratios}
+
+
+def _check_dims(files: Iterable[Path], dims: Mapping[str, int]) -> None:
+    sessions = [open_session(path, intra_op_num_threads=1) for path in files]
+    sizes = [size for session in sessions for value in session.get_inputs() for size in value.shape]
+    left_open = sorted({str(size) for size in sizes if not isinstance(size, int)})
+    if unknown := sorted(dims.keys() - set(left_open)):
+        raise AumError(
+            f"--dim {unknown[0]}={dims[unknown[0]]}: no input leaves such a size open; open are: "
+            f"{', '.join(left_open) or 'none'}"
+        )
 
 
 def _measured_alone(path: Path, dims: Mapping[str, int]) -> dict[str, Any]:
@@ -93,6 +106,8 @@ def _raced(
     wall, processor = interleaved(sessions, feeds, rounds)
     for name, record in models.items():
         spread, seconds = Spread.of(wall[name]), record["clip_seconds"]
+        if seconds is not None:  # an exported file: its one input begins with the batch axis
+            seconds *= next(iter(feeds[name].values())).shape[0]
         record["threads"][threads] = {
             "ms": asdict(spread),
             "processor_ms": asdict(Spread.of(processor[name])) if setting == 1 else None,
@@ -102,7 +117,7 @@ def _raced(
 
 
 def _clip_seconds(path: Path) -> float | None:
-    """Audio behind one input; None for files of other makers."""
+    """Audio behind one clip of an input; None for files of other makers."""
     try:
         return read_metadata(open_session(path, intra_op_num_threads=1), path).clip_seconds
     except ModelFileError:
@@ -111,9 +126,9 @@ def _clip_seconds(path: Path) -> float | None:
 
 @contextmanager
 def _files(target: str) -> Iterator[dict[str, Path]]:
-    """Name -> ONNX file of what is named; what has to be exported first lies in a folder that is gone afterwards."""
+    """Name -> file of what is named; what has to be exported first lies in a folder that is gone afterwards."""
     path = Path(target)
-    if path.suffix == ".onnx":
+    if path.suffix in (".onnx", ".ort"):
         yield {path.name: path}
         return
     if target not in PRESETS and not path.exists():

@@ -9,7 +9,9 @@ from aum_compress.console import say
 
 
 def bench(
-    target: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx|PRESET", help="What to time.")],
+    target: Annotated[
+        str, typer.Argument(metavar="BUNDLE|MODEL.onnx|PRESET", help="What to time; a file may be a .ort too.")
+    ],
     against: Annotated[
         str | None, typer.Option(metavar="BUNDLE|MODEL.onnx|PRESET", help="To compare with, in the same run.")
     ] = None,

@@ -11,6 +11,7 @@ from tiny_recipe import command
 from aum_compress.benching import bench, bench_lines
 from aum_compress.errors import AumError, ModelFileError
 from aum_compress.export import timing
+from aum_compress.export.ort_format import write_ort
 from aum_compress.export.runtime import open_session
 from aum_compress.export.timing import Spread, interleaved, node_times, random_feeds
 
@@ -43,6 +44,32 @@ def test_two_files_in_one_run(files):
     text = "\n".join(bench_lines(found))
     assert "model-int8.onnx takes " in text
     assert "peak memory" in text
+
+
+def test_a_batch_is_as_much_audio_as_it_has_clips(tmp_path):
+    (record,) = bench(str(written(tmp_path, "fp32", dynamic_batch=True)), None, 3, {"batch": 4})["models"]
+    assert record["inputs"] == {"features": [4, 1, 32, 17]}
+    for threads in record["threads"].values():
+        assert threads["real_time_factor"] == pytest.approx(threads["ms"]["median"] / 1000 / (4 * 0.5))
+
+
+def test_a_size_that_no_input_leaves_open_is_refused(files, tmp_path):
+    batch = written(tmp_path, "fp32", dynamic_batch=True)
+    result = command("bench", str(batch), "--dim", "batch=2", "--dim", "nosuch=3", "--rounds", "3")
+    assert result.exit_code == 2
+    assert "--dim nosuch=3: no input leaves such a size open; open are: batch" in result.stderr
+    with pytest.raises(AumError, match=r"--dim batch=2: no input leaves such a size open; open are: none"):
+        bench(str(files["fp32"]), None, 3, {"batch": 2})
+
+
+def test_a_file_in_the_format_of_onnxruntime_is_timed_beside_its_source(files, tmp_path):
+    write_ort(files["int8"], tmp_path / "model-int8.ort")
+    found = bench(str(tmp_path / "model-int8.ort"), str(files["int8"]), 3, {})
+    ort, onnx_file = found["models"]
+    assert (ort["name"], ort["clip_seconds"]) == ("model-int8.ort", 0.5)
+    assert ort["inputs"] == onnx_file["inputs"]
+    assert ort["peak_memory_bytes"] > 0
+    assert sum(node["share"] for node in ort["nodes"]) == pytest.approx(1)
 
 
 def test_a_file_against_itself_takes_as_long(files):
