@@ -16,6 +16,7 @@ from aum_compress.errors import AumError
 from aum_compress.models.config import AudioMambaConfig
 from aum_compress.pruning import TrainingLosses, costing
 from aum_compress.report.prune_sensitivity import sensitivity_html
+from aum_compress.same_data import require_same_data
 from aum_compress.train.losses import label_loss
 from aum_compress.workspace import Workspace
 
@@ -40,7 +41,8 @@ def prune_sensitivity(
         What was found, as JSON, and the files with it: `runs/<recipe>/prune-sensitivity.json` and `.html`.
 
     Raises:
-        AumError: a bundle that holds no Audio Mamba in float32, or one of other labels; ratios that are none.
+        AumError: a bundle that holds no Audio Mamba in float32, or one of other labels or features than the recipe's;
+            ratios that are none.
     """
     if space.recipe.threads:
         torch.set_num_threads(space.recipe.threads)
@@ -51,8 +53,7 @@ def prune_sensitivity(
             f"{bundle.path}: holds {card.kind} {card.precision} of a {card.model.family}; wanted a bundle of an Audio "
             "Mamba before quantisation, such as 03-student, 04-distill or 05-prune"
         )
-    if card.labels != space.labels:
-        raise AumError(f"{bundle.path}: knows labels {list(card.labels)}, the recipe's data have {list(space.labels)}")
+    require_same_data(space, bundle)
     if bad := [ratio for ratio in ratios if not 0 < ratio < 1]:
         raise AumError(f"ratios: found {', '.join(map(str, bad))}, wanted shares above 0 and below 1")
     part = "validation" if len(space.parts.validation) else "train"

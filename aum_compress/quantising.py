@@ -15,6 +15,7 @@ from aum_compress.console import log, progress
 from aum_compress.errors import BundleError, DataError
 from aum_compress.models.factory import Model
 from aum_compress.recipe_schema import QuantizeSection
+from aum_compress.same_data import require_same_data
 from aum_compress.train.distributed import Ranks
 from aum_compress.train.metrics import macro_accuracy
 from aum_compress.workspace import Workspace
@@ -82,13 +83,14 @@ def measure_sensitivity(space: Workspace, bundle: Bundle, count: int) -> tuple[S
     file with it, beside the bundle.
 
     Raises:
-        BundleError: a bundle without a float model.
+        BundleError: a bundle without a float model, or of other labels or features than the recipe's.
     """
     card = bundle.card
     if card.kind != "model" or card.precision != "fp32":
         raise BundleError(
             f"{bundle.path}: holds {card.kind} in {card.precision}, wanted a model in fp32: a stage before quantize"
         )
+    require_same_data(space, bundle)
     section = space.recipe.quantize or QuantizeSection()
     judge = judging_clips(space, section, count)
     with progress(f"quantize: each tensor alone, on {len(judge.features)} {judge.part} clips") as reporter:

@@ -5,6 +5,8 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import soundfile
+from audio_trees import SCENES, SECONDS, TAU_RATE_HZ, noise
 from tiny_recipe import command, write_recipe
 
 from aum_compress.bundle import read_bundle
@@ -75,6 +77,24 @@ def test_what_cannot_be_tried_is_refused(finished, bundle, words, wrong):
     result = command("prune", finished.out / bundle, "--sensitivity", *words)
     assert result.exit_code == 2
     assert wrong in result.stderr
+
+
+@pytest.mark.parametrize(("verb", "bundle"), [("prune", "04-distill"), ("quantize", "05-prune")])
+def test_a_model_of_other_data_or_features_than_the_recipes_is_refused(finished, tmp_path, verb, bundle):
+    place = finished.out / "runs" / "tiny" / bundle
+    for number, label in enumerate((*SCENES[:2], "bakery", *SCENES[2:])):  # one that the model does not know
+        (tmp_path / label).mkdir()
+        for clip in range(4):
+            soundfile.write(tmp_path / label / f"{clip}.wav", noise(10 * number + clip), TAU_RATE_HZ)
+    folders = f"data={{kind: folders, root: {tmp_path}, clip_seconds: {SECONDS}}}"
+    for setting, differs in (
+        (folders, "labels: knows airport, metro_station, street_traffic; the recipe's data have airport, bakery,"),
+        ("features.f_min_hz=100", "f_min_hz: reads 0.0; the recipe gives 100.0"),
+    ):
+        result = command(verb, place, "--sensitivity", "--set", setting)
+        assert result.exit_code == 2
+        assert f"{bundle}: made of other data or features than those of recipe tiny:" in result.stderr
+        assert differs in result.stderr
 
 
 class Charts(HTMLParser):
