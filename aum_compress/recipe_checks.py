@@ -52,6 +52,11 @@ def misfits(recipe: Any) -> list[str]:
     checkpointed = recipe.distill and recipe.distill.train.activation_checkpointing
     if recipe.student and recipe.student.preset == "cp-mobile" and checkpointed:
         problems.append(f"distill.{NO_BLOCKS}")
+    if recipe.quantize and recipe.quantize.train and recipe.quantize.train.activation_checkpointing:
+        problems.append(
+            "quantize.train.activation_checkpointing: a block that is computed again would move the ranges of its "
+            "inputs twice, and round by other ranges than before; leave it out"
+        )
     for name in sorted(set(recipe.export.precisions if recipe.export else ()) & set(QUANTISED)):
         if recipe.quantize is None:
             problems.append(f"export.precisions: {name} needs a quantize section")

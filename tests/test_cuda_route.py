@@ -18,10 +18,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from aum_compress.compress.quantize import prepare
 from aum_compress.kernels import cuda
 from aum_compress.models.factory import build_model
 from aum_compress.models.scan import selective_scan, selective_scan_oracle
 from aum_compress.models.scan_loop import scan_loop_backward, scan_loop_forward
+from aum_compress.recipe_schema import QuantizeSection
 
 calls: list[str] = []
 
@@ -212,6 +214,14 @@ def test_model_gives_the_same_gradients_by_either_route(packages, monkeypatch):
     assert calls.count("convolution") == calls.count("scan backward") == 4  # two blocks, two directions
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_training_for_integers_rounds_the_convolution_by_either_route(packages, monkeypatch):
+    model = build_model(student_config()).eval()
+    fake = prepare(model, [features(4)], QuantizeSection(layers={"layers": "int8"})).train()
+    wanted = fake(features(3))
+    monkeypatch.setattr(cuda, "convolves", lambda x, n_taps: True)
+    torch.testing.assert_close(fake(features(3)), wanted, rtol=0, atol=0)
 
 
 def test_convolution_stays_a_module_outside_training(on_a_gpu):

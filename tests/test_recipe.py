@@ -110,6 +110,10 @@ def test_pruning_says_all_its_defaults(minimal):
         ),
         (["verify.clips=3"], "verify: needs an export section"),
         (["student={preset: cp-mobile, train: {epochs: 1}}", "prune.finetune.epochs=1"], "prune: works on Audio Mamba"),
+        (
+            ["quantize={train: {epochs: 1, activation_checkpointing: true}}"],
+            "quantize.train.activation_checkpointing: a block that is computed again would move the ranges",
+        ),
         (["prune={ratio: 0.8, finetune: {epochs: 1}}"], "ratio: 0.8 is above max_block_ratio, 0.75: raise that one"),
         (["prune={to_budget: true, ratio: 0.2, finetune: {epochs: 1}}"], "ratio: has no part in pruning to the budget"),
         (["prune={dimensions: [d_state, d_state], finetune: {epochs: 1}}"], "d_state, d_state: each is named once"),

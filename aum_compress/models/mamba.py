@@ -36,7 +36,7 @@ class MambaMixer(nn.Module):
 
     Source: `Mamba.forward` with `bimamba_type` "none", "v1" and "v2" (`if_devide_out=True`, which halves v2 alone) and
     `BiMambaInnerFn` in AuM's vim-mamba_ssm. All projections are called as modules, so that quantisation and hooks reach
-    them; so is the convolution, but for training on a GPU with causal-conv1d.
+    them; so is the convolution, but for float training on a GPU with causal-conv1d.
     """
 
     def __init__(self, d_model: int, config: BlockConfig, length: int) -> None:
@@ -94,8 +94,8 @@ class MambaMixer(nn.Module):
         return u.transpose(1, 2), delta, slot["B"](b).transpose(1, 2), slot["C"](c).transpose(1, 2)
 
     def _convolve(self, x: Tensor, convolution: nn.Module) -> Tensor:
-        # outside training, the hooks of calibration and the module of int8 have to be reached
-        if self.training and cuda.convolves(x, self.config.d_conv):
+        # the hooks of calibration, outside training, and modules that round weights or inputs have to be reached
+        if self.training and isinstance(convolution, nn.Conv1d) and cuda.convolves(x, self.config.d_conv):
             return cuda.causal_convolution(x, convolution.weight.squeeze(1), convolution.bias)
         return F.silu(convolution(F.pad(x, (self.config.d_conv - 1, 0))))
 
