@@ -180,6 +180,15 @@ def test_predictions_that_cannot_be_written_leave_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_a_place_where_no_predictions_can_be_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("evaluate", "no-such-model", "--data", "no-such-data", "--predictions")
+    assert ".: is a folder; name a file for the predictions, such as output.csv" in message(*words, ".")
+    assert f"{tmp_path}: is a folder" in message(*words, tmp_path)
+    assert "none/output.csv: there is no folder none" in message(*words, "none/output.csv")
+    assert "no-such-model" in message(*words, "output.csv")
+
+
 # --- the command
 
 pytestmark = pytest.mark.usefixtures("cache_of_finished")

@@ -18,7 +18,7 @@ from aum_compress.evaluate.bootstrap import (
     two_sided_p,
 )
 from aum_compress.evaluate.clips import TestClips, find_clips, recordings_of, require_labels
-from aum_compress.evaluate.predictions import write_predictions
+from aum_compress.evaluate.predictions import require_new_file, write_predictions
 from aum_compress.evaluate.subject import Subject
 from aum_compress.train.metrics import classification_metrics, device_groups, log_softmax
 
@@ -106,8 +106,11 @@ def evaluate(model_path: Path, request: Request, predictions: Path | None = None
         predictions: file that gets the answers in the challenge's format.
 
     Raises:
-        AumError: no such model or data, or labels of the data that the model does not know.
+        AumError: no such model or data, labels of the data that the model does not know, or a place where predictions
+            cannot be written.
     """
+    if predictions:
+        require_new_file(predictions)
     model = Subject(model_path)
     found = find_clips(request.data, request.settings, model.spec.clip_seconds, request.seen_devices)
     answers, clips = _answers(model, found, request.data)

@@ -9,6 +9,14 @@ import numpy as np
 from aum_compress.errors import DataError
 
 
+def require_new_file(path: Path) -> None:
+    """Raises DataError where no file can be: said before minutes of measuring, not after."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file for the predictions, such as {path / 'output.csv'}")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent}; make it, or name a file in a folder that exists")
+
+
 def write_predictions(
     path: Path, filenames: Sequence[str], log_probabilities: np.ndarray, labels: Sequence[str]
 ) -> int:
