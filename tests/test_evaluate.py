@@ -275,6 +275,19 @@ def test_a_file_with_the_front_end_inside_hears_the_clips_themselves(exports, re
     assert [one["measured_with"] for one in found] == ["onnxruntime"] * 2
 
 
+def test_a_bundle_of_files_that_read_waveforms_alone_is_measured_and_held_to_the_budget(runs, recipe, tmp_path):
+    place = tmp_path / "edge"
+    answer("export", runs / "06-quantize", "--to", place, "--input", "waveform")
+    file = place / "model-int8-waveform.onnx"
+    bundle, alone = (record("evaluate", one, "--data", recipe, "--draws", 0) for one in (place, file))
+    assert bundle["measured_with"] == "onnxruntime"
+    assert bundle["log_loss"] == alone["log_loss"]
+    found, wanted = record("budget", place), record("budget", file)
+    assert (found["param_bytes"], found["macs"]) == (wanted["param_bytes"], wanted["macs"])
+    assert found["front_end_bytes"] == wanted["front_end_bytes"] > 0
+    assert "configuration" in found["witnesses"]
+
+
 def test_a_model_does_not_differ_from_itself(exports, recipe):
     found = record("evaluate", exports, "--compare", exports, "--data", recipe, "--draws", 50)
     assert found["mcnemar_p"] == 1

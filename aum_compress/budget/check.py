@@ -13,6 +13,7 @@ from aum_compress.budget.analytic import analytic_macs, front_end_macs
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.dcase import dcase_bytes, dcase_macs, dcase_notes
 from aum_compress.budget.onnx_bytes import bundle_sizes
+from aum_compress.budget.onnx_file import exported_file
 from aum_compress.budget.records import BudgetReport, LayerCost, Limits, Operations, Stored, agree
 from aum_compress.budget.stored import model_state, stored_by_module
 from aum_compress.budget.torch_trace import Example
@@ -131,11 +132,12 @@ def check_bundle(bundle: Bundle, limits: Limits | None = None) -> BudgetReport:
     Where the bundle that it was exported from is still at hand, the bytes of the file must follow from its tensors.
 
     Raises:
-        BundleError: tensors that do not fit the card. Also all that `check_model` and `check_onnx` raise.
+        BundleError: tensors that do not fit the card, or no ONNX file of its precision. Also all that `check_model` and
+            `check_onnx` raise.
     """
     card = bundle.card
     if card.kind == "onnx":
-        path = bundle.path / f"model-{card.precision}.onnx"
+        path = exported_file(bundle)
         tensors = _parent_tensors(bundle)
         stored = None if tensors is None else bundle_sizes(tensors)
         return check_onnx(path, limits, config=card.model, stored=stored, clip_seconds=card.input.clip_seconds)

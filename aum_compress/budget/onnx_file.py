@@ -9,7 +9,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
-from aum_compress.errors import ModelFileError, join_problems
+from aum_compress.bundle import Bundle
+from aum_compress.errors import BundleError, ModelFileError, join_problems
 
 INPUT_KEY = "input"
 """Key in `metadata_props` of files that aum-compress exports: the input specification as JSON."""
@@ -51,6 +52,19 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             join_problems(f"{path}: weights are not whole:", short) + "\nExport or copy the file again"
         )
     return model
+
+
+def exported_file(bundle: Bundle) -> Path:
+    """The ONNX file that an exported bundle is measured by: the one that reads features or, where it was exported
+    without, the one that reads a waveform.
+
+    Raises:
+        BundleError: neither is there.
+    """
+    names = [f"model-{bundle.card.precision}{reads}.onnx" for reads in ("", "-waveform")]
+    if held := [name for name in names if name in bundle.card.files]:
+        return bundle.path / held[0]
+    raise BundleError(f"{bundle.path}: has neither {' nor '.join(names)}; export the model again")
 
 
 def file_bytes(path: Path, model: onnx.ModelProto) -> int:

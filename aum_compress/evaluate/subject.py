@@ -6,6 +6,7 @@ import numpy as np
 
 from aum_compress.audio.config import InputSpec
 from aum_compress.audio.reading import read_audio
+from aum_compress.budget.onnx_file import exported_file
 from aum_compress.bundle import CARD, Bundle, read_bundle
 from aum_compress.console import Advance
 from aum_compress.data.cache import CachedClips
@@ -40,11 +41,11 @@ class Subject:
             path = self._pack.onnx_file(GENERAL)
         elif path.is_dir() or path.name == CARD:
             bundle = read_bundle(path if path.is_dir() else path.parent)
-            shipped = f"model-{bundle.card.precision}.onnx"
-            if bundle.card.kind == "model" and shipped not in bundle.card.files:
+            # the models of a pack are tensors and file in one
+            if bundle.card.kind == "model" and f"model-{bundle.card.precision}.onnx" not in bundle.card.files:
                 self._bundle = bundle
             else:
-                path = bundle.path / shipped
+                path = exported_file(bundle)
         if self._bundle:
             card = self._bundle.card
             self.labels, self.spec, self.measured_with = card.labels, card.input, "torch"
