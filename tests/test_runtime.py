@@ -135,6 +135,13 @@ def test_small_files_say_nearly_what_the_large_one_says(precision, classifier, t
         (np.zeros(8000, dtype=np.int16), r"type int16: wanted float .*divide 16-bit integers by 32768"),
         (np.zeros((2, 2, 8)), r"samples of shape \(2, 2, 8\)"),
         (np.zeros((2, 0)), r"samples of shape \(2, 0\)"),
+        (
+            np.zeros((2, 48_000)),
+            r"\(2, 48000\): 48,000 channels of 2 samples; wanted the order \(S,channels\).*samples\.T",
+        ),
+        (np.zeros((2, 50)), r"\(2, 50\): 50 channels of 2 samples; wanted the order \(S,channels\)"),
+        (np.zeros((100, 65)), "65 channels of 100 samples; .*at most 64 channels"),
+        (np.zeros((0, 2)), "no samples: wanted"),
         (np.zeros(0), "no samples: wanted at least one"),
         (np.array([0.0, np.nan, np.inf]), "2 of 3 samples are NaN or infinite"),
     ],

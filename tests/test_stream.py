@@ -101,6 +101,7 @@ def test_short_stream_is_padded_and_an_empty_one_says_nothing(classifier):
     [
         (np.zeros(10, dtype=np.int16), "type int16: wanted float .*divide 16-bit integers by 32768"),
         (np.zeros((2, 2, 2)), r"samples of shape \(2, 2, 2\)"),
+        (np.zeros((2, 480)), r"480 channels of 2 samples; wanted the order \(S,channels\)"),
         (np.array([0.0, np.nan]), "1 of 2 samples are NaN or infinite"),
     ],
 )
@@ -110,6 +111,12 @@ def test_wrong_chunks_are_refused_and_forgotten(chunk, message, classifier):
     with pytest.raises(DataError, match=message):
         stream.feed(chunk)
     assert stream.seconds == 100 / 8000
+
+
+def test_a_chunk_may_have_fewer_samples_than_channels(classifier):
+    stream = Stream(classifier, 8000)
+    assert stream.feed(np.zeros((1, 2))) == stream.feed(np.zeros((0, 2))) == []
+    assert stream.seconds == 1 / 8000
 
 
 def test_wrong_rates_and_hops_are_refused(classifier):

@@ -18,6 +18,8 @@ from aum_compress.export.metadata import FEATURES, OnnxMetadata
 
 SHORTEST_REST = 0.1
 """Share of a window below which the end of a recording is left out."""
+MOST_CHANNELS = 64
+"""Of a recording; an array of more has its axes in the other order."""
 _ORT_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -242,13 +244,15 @@ class Classifier:
             hop_seconds: as in `classify_file`.
 
         Raises:
-            DataError: another shape or type, no samples, NaN or infinity among them.
+            DataError: another shape or type, no samples, more channels than samples, NaN or infinity among them.
         """
         from aum_compress.audio.resample import resample
 
         mono = mono_samples(samples)
         if not mono.size:
             raise DataError("no samples: wanted at least one; record again")
+        if np.ndim(samples) == 2 and np.shape(samples)[1] > len(mono):
+            raise _channels_first(np.shape(samples))
         rate = self.metadata.waveform_rate_hz
         mono = resample(mono, sample_rate_hz, rate)
         starts = window_starts(len(mono) / rate, self.metadata.clip_seconds, hop_seconds)
@@ -285,7 +289,7 @@ def mono_samples(samples: np.ndarray) -> np.ndarray:
     """(S,) float32: the mean of the channels of (S,) or (S,channels).
 
     Raises:
-        DataError: another shape or type, NaN or infinity among them.
+        DataError: another shape or type, more than 64 channels, NaN or infinity among them.
     """
     samples = np.asarray(samples)
     if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or not np.issubdtype(samples.dtype, np.floating):
@@ -293,11 +297,20 @@ def mono_samples(samples: np.ndarray) -> np.ndarray:
             f"samples of shape {samples.shape}, type {samples.dtype}: wanted float (S,) or (S,channels) of "
             "full scale 1; divide 16-bit integers by 32768"
         )
+    if samples.ndim == 2 and samples.shape[1] > MOST_CHANNELS:  # few samples are a small chunk of a stream
+        raise _channels_first(samples.shape)
     if not np.isfinite(samples).all():
         raise DataError(
             f"{int((~np.isfinite(samples)).sum())} of {samples.size} samples are NaN or infinite: all must be finite"
         )
     return (samples if samples.ndim == 1 else samples.mean(1)).astype(np.float32, copy=False)
+
+
+def _channels_first(shape: tuple[int, ...]) -> DataError:
+    return DataError(
+        f"samples of shape {shape}: {shape[1]:,} channels of {shape[0]:,} samples; wanted the order (S,channels), at "
+        f"most {MOST_CHANNELS} channels and no more than there are samples: pass samples.T where channels come first"
+    )
 
 
 def window_starts(seconds: float, window: float, hop: float | None = None) -> list[float]:
