@@ -7,7 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from aum_compress.cli_options import Json, Out, Settings, print_json
-from aum_compress.cli_stages import RecipeOrBundle, last_bundle, named_bundle, named_recipe, run_stages
+from aum_compress.cli_stages import (
+    RecipeOrBundle,
+    last_bundle,
+    named_bundle,
+    named_recipe,
+    only_with_sensitivity,
+    run_stages,
+)
 from aum_compress.console import say, show
 
 
@@ -28,9 +35,12 @@ def prune(
         typer.Option(help="With --sensitivity, share to leave out; repeatable. 0.125, 0.25 and 0.5 when left out."),
     ] = None,
     importance: Annotated[
-        Importance, typer.Option(help="With --sensitivity, what decides which members go.")
-    ] = Importance.taylor,
-    clips: Annotated[int, typer.Option(min=1, help="With --sensitivity, to judge on; never test clips.")] = 256,
+        Importance | None,
+        typer.Option(help="With --sensitivity, what decides which members go; taylor when left out."),
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="With --sensitivity, to judge on; never test clips. 256 when left out.")
+    ] = None,
     settings: Settings = None,
     out_dir: Out = None,
     as_json: Json = False,
@@ -41,9 +51,11 @@ def prune(
     of each block costs.
     """
     if sensitivity:
-        chosen = {"importance": importance.value, "clips": clips} | ({"ratios": ratio} if ratio else {})
+        given = {"importance": importance and importance.value, "clips": clips, "ratios": ratio}
+        chosen = {name: value for name, value in given.items() if value is not None}
         _sensitivity(recipe_or_bundle, chosen, settings, out_dir, as_json)
     else:
+        only_with_sensitivity("prune", {"--ratio": ratio, "--importance": importance, "--clips": clips})
         run_stages(recipe_or_bundle, settings, "prune", out_dir, as_json)
 
 

@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from aum_compress.cli_options import Json, Out, Settings, print_json
-from aum_compress.cli_stages import RecipeOrBundle, last_bundle, named_bundle, named_recipe, run_stages
+from aum_compress.cli_stages import (
+    RecipeOrBundle,
+    last_bundle,
+    named_bundle,
+    named_recipe,
+    only_with_sensitivity,
+    run_stages,
+)
 from aum_compress.console import say, show
 
 
@@ -16,7 +23,9 @@ def quantize(
         bool,
         typer.Option("--sensitivity", help="Quantise one tensor at a time and show what each costs."),
     ] = False,
-    clips: Annotated[int, typer.Option(min=1, help="To judge sensitivity on; never test clips.")] = 512,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="With --sensitivity, to judge on; never test clips. 512 when left out.")
+    ] = None,
     settings: Settings = None,
     out_dir: Out = None,
     as_json: Json = False,
@@ -26,8 +35,9 @@ def quantize(
     With --sensitivity: of a float bundle, or of a recipe's last model before quantisation, what each tensor costs.
     """
     if sensitivity:
-        _sensitivity(recipe_or_bundle, clips, settings, out_dir, as_json)
+        _sensitivity(recipe_or_bundle, clips or 512, settings, out_dir, as_json)
     else:
+        only_with_sensitivity("quantize", {"--clips": clips})
         run_stages(recipe_or_bundle, settings, "quantize", out_dir, as_json)
 
 

@@ -1,5 +1,6 @@
 """What the verbs that run stages share: the recipe, or the bundle of its run, that they are given."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,15 @@ def run_stages(
         print_json(outcome.report)
     else:
         print_report(outcome.report, outcome.folder)
+
+
+def only_with_sensitivity(verb: str, options: Mapping[str, object]) -> None:
+    """Raises AumError where one of `options` (name -> value, None where it was not given) would change nothing."""
+    if given := [option for option, value in options.items() if value is not None]:
+        raise AumError(
+            f"{verb}: {', '.join(given)} was given, which belongs to --sensitivity. Add --sensitivity, or say in the "
+            f"recipe how to {verb}: --set {verb}.KEY=VALUE"
+        )
 
 
 def named_recipe(recipe_or_bundle: str, settings: list[str] | None) -> tuple["Recipe", Path]:

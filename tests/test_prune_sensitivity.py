@@ -97,6 +97,21 @@ def test_a_model_of_other_data_or_features_than_the_recipes_is_refused(finished,
         assert differs in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("prune", ("--ratio", "0.5")),
+        ("prune", ("--importance", "taylor")),
+        ("prune", ("--clips", "256")),
+        ("quantize", ("--clips", "512")),
+    ],
+)
+def test_what_belongs_to_sensitivity_is_refused_without_it(finished, verb, words):
+    result = command(verb, finished.out / "runs" / "tiny" / "04-distill", *words)
+    assert result.exit_code == 2
+    assert f"{verb}: {words[0]} was given, which belongs to --sensitivity. Add --sensitivity, or" in result.stderr
+
+
 class Charts(HTMLParser):
     def __init__(self, text):
         super().__init__()
