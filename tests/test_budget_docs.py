@@ -6,12 +6,19 @@ import statistics
 from pathlib import Path
 
 import pytest
+from tiny import SPEC, student_config
 
 from aum_compress.budget.analytic import analytic_macs
+from aum_compress.budget.check import check_model
 from aum_compress.budget.latency import MICROSECONDS
-from aum_compress.budget.limits import RULES
+from aum_compress.budget.limits import RULES, named_limits
 from aum_compress.budget.records import BudgetExceeded
+from aum_compress.compress.quantize import layer_storages
+from aum_compress.models.config import Mamba2BlockConfig
+from aum_compress.models.factory import build_model, folded_config
 from aum_compress.models.presets import PRESETS
+from aum_compress.models.quantized import stored_tensors, swap_in_quantized
+from aum_compress.recipe_schema import QuantizeSection
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
@@ -59,6 +66,16 @@ def test_estimated_times_are_as_near_to_measured_ones_as_the_page_says():
     stated = re.search(r"median error (\d+) %, nine of ten within (\d+) %, worst (\d+) %", PAGE).groups()
     figures = (statistics.median(errors), sorted(errors)[26], max(errors))
     assert tuple(f"{100 * figure:.0f}" for figure in figures) == stated
+
+
+@pytest.mark.parametrize(("layers", "over"), [({}, ["layers.0.mixer.conv1d"]), ({"layers": "int8"}, [])])
+def test_mamba2_passes_dcase2022_with_every_weight_in_int8_alone(layers, over):
+    config = student_config().model_copy(update={"blocks": (Mamba2BlockConfig(d_inner=24, d_state=4, head_dim=8),)})
+    model = build_model(folded_config(config))
+    swap_in_quantized(model, layer_storages(model, QuantizeSection(layers=layers)))
+    report = check_model(model, SPEC, stored_tensors(model, half=True), named_limits("dcase2022"))
+    assert [layer.name for layer in report.layers if layer.wide_params] == over
+    assert report.over == bool(over)
 
 
 def test_every_named_limit_has_its_row():
