@@ -9,8 +9,9 @@ import torch
 
 from aum_compress.bundle import Bundle
 from aum_compress.compress.prune import mean_loss, try_ratios
+from aum_compress.compress.prune_dimensions import dimensions
 from aum_compress.compress.prune_importance import Importance
-from aum_compress.compress.prune_plan import CHOICES, kinds_of, room, share_floors
+from aum_compress.compress.prune_plan import CHOICES, kinds_of, multiple_of, room, share_floors
 from aum_compress.console import log, progress
 from aum_compress.errors import AumError
 from aum_compress.models.config import AudioMambaConfig
@@ -99,6 +100,11 @@ def prune_sensitivity(
                 "macs": one.cost.macs,
             }
             for one in tried
+        ],
+        "not_tried": [  # no smaller multiple is left
+            {"place": d.place, "kind": d.kind, "size": d.size * d.width, "multiple": multiple_of(d, round_to) * d.width}
+            for d in dimensions(card.model)
+            if d.place not in left.sizes
         ],
     }
     files = {".json": json.dumps(found, indent=1) + "\n", ".html": sensitivity_html(found)}

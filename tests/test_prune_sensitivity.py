@@ -49,6 +49,17 @@ def test_every_dimension_of_a_bundle_is_tried(copied):
     assert written == {key: value for key, value in found.items() if key != "files"}
 
 
+def test_what_has_no_smaller_size_is_named(copied):
+    bundle = copied / "runs" / "tiny" / "04-distill"
+    words = ("prune", bundle, "--sensitivity", "--clips", 8, "--set", "prune.round_to=8")
+    assert "not tried, since no smaller multiple is left" in answer(*words)
+    found = json.loads(answer(*words, "--json"))
+    assert {"place": "stem.0.channels", "kind": "channels", "size": 8, "multiple": 8} in found["not_tried"]
+    places = [one["place"] for one in found["not_tried"]]
+    assert not {one["place"] for one in found["dimensions"]} & set(places)
+    assert "stem.0.channels (8, in multiples of 8)" in (copied / "runs" / "tiny" / "prune-sensitivity.html").read_text()
+
+
 def test_a_recipe_is_run_to_where_pruning_starts(copied, finished, tmp_path):
     # how this one would prune does not matter: it is within its budget as it is
     recipe = write_recipe(tmp_path, finished.tree, prune={"to_budget": True, "finetune": {"epochs": 1}})
@@ -150,6 +161,7 @@ def test_the_page_has_a_chart_for_each_block_and_stage():
             tried("d_model", "d_model", 32, 16, 0.7),
             tried("stem.0.channels", "channels", 16, 8, 0.6),
         ],
+        "not_tried": [],
     }
     page = sensitivity_html(found)
     charts = Charts(page)

@@ -25,16 +25,22 @@ def sensitivity_table(found: Mapping[str, Any]) -> Table:
 
 
 def sensitivity_lines(found: Mapping[str, Any]) -> list[str]:
-    """What the table is of, and what is cheapest to give away."""
+    """What the table is of, what is cheapest to give away, and what is not in the table."""
     cheap = sorted(found["dimensions"], key=lambda one: max(one["loss_increase"], 0.0) / max(_saved(found, one), 1e-9))[
         :3
     ]
     named = ", ".join(f"{one['place']} to {one['new_size']} ({one['loss_increase']:+.3f})" for one in cheap)
-    return [
+    lines = [
         f"loss {found['loss']:.4f} on {found['clips']} {found['part']} clips, ranked by {found['importance']}; bytes "
         f"at {found['precision']}; no training after pruning",
         f"least loss for each share of bytes and MACs saved: {named}",
     ]
+    if found["not_tried"]:
+        whole = ", ".join(
+            f"{one['place']} ({one['size']}, in multiples of {one['multiple']})" for one in found["not_tried"]
+        )
+        lines.append(f"not tried, since no smaller multiple is left (prune.round_to sets those of widths): {whole}")
+    return lines
 
 
 def sensitivity_html(found: Mapping[str, Any]) -> str:
