@@ -221,11 +221,13 @@ class Workspace:
 
     def measure(self, logits: np.ndarray) -> dict[str, Any]:
         """Metrics of (n,C) logits of the test part, which has chosen nothing."""
-        clips = self.parts.test.clips
+        test, clips = self.parts.test, self.parts.test.clips
         number = {label: place for place, label in enumerate(self.labels)}
         targets = np.array([number[clip.label] for clip in clips])
         devices = [clip.device for clip in clips]
-        return classification_metrics(logits, targets, self.labels, devices, self.parts.index.seen_devices)
+        metrics = classification_metrics(logits, targets, self.labels, devices, self.parts.index.seen_devices)
+        heard = [[clip.clip_id, clip.label, audio] for clip, audio in zip(clips, test.checksums, strict=True)]
+        return metrics | {"clips_sha256": json_sha256(sorted(heard))}
 
     def validation_accuracy(self, logits: np.ndarray) -> float | None:
         """Of (n,C) logits of the validation part, mean over its classes, in percent; None where it has no clips."""

@@ -145,6 +145,7 @@ def test_what_does_not_compare_is_said(side_by_side):
     other = copy.deepcopy(side_by_side)
     other["models"][1]["step"]["test"]["clips"] = 19
     assert "tested on different data" in comparison_verdict(other).facts[-1]
+    assert not any("most accurate" in fact for fact in comparison_verdict(other).facts)
     other["models"][0]["verified"] = False
     assert comparison_verdict(other).good is False
     assert compared_published(side_by_side) == ()
@@ -152,6 +153,40 @@ def test_what_does_not_compare_is_said(side_by_side):
         one["labels"] = sorted(TAU_SCENES)
     assert compared_published(other) == PUBLISHED
     assert comparison_sections(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: one.update(data_kind="synth"), "kinds of data"),
+        (lambda one: one["step"]["test"].update(clips_sha256="of another seed"), "clips"),
+        (lambda one: one.update(labels=[*one["labels"][:-1], "zoo"]), "labels"),
+    ],
+)
+def test_models_tested_on_other_clips_do_not_compare(change, said, side_by_side):
+    facts = comparison_verdict(side_by_side).facts
+    assert any("most accurate: " in fact for fact in facts)
+    assert len({one["step"]["test"]["clips_sha256"] for one in side_by_side["models"]}) == 1
+    change(side_by_side["models"][1])
+    facts = comparison_verdict(side_by_side).facts
+    assert facts[-1] == f"tested on different data ({said}): accuracies do not compare"
+    assert not any("most accurate" in fact for fact in facts)
+
+
+def test_older_reports_compare_by_what_they_say(side_by_side):
+    side_by_side["models"][0]["step"]["test"]["clips_sha256"] = "of another seed"
+    del side_by_side["models"][1]["step"]["test"]["clips_sha256"]
+    two = side_by_side | {"models": side_by_side["models"][:2]}
+    assert any("most accurate: " in fact for fact in comparison_verdict(two).facts)
+
+
+def test_a_comparison_is_no_report_of_a_run_and_says_so(exports, runs, tmp_path):
+    assert command("report", exports, runs / "06-quantize", "--to", tmp_path / "both").exit_code == 0
+    for words in ((tmp_path / "both",), (tmp_path / "both", exports)):
+        result = command("report", *words)
+        assert result.exit_code == BundleError.exit_code
+        assert "shows several models side by side and is no report of a run; open" in result.stderr
+        assert "schema_version" not in result.stderr
 
 
 def test_a_folder_without_a_model_is_named(exports, runs, tmp_path):

@@ -44,13 +44,14 @@ class Comparison(TypedDict):
 def comparison_verdict(found: Comparison) -> Verdict:
     """Which is best at what; bad where a model is over its limits or failed its verification."""
     models = found["models"]
+    apart = _not_comparable(models)
     best = max(models, key=lambda one: one["step"]["test"]["accuracy"])
     smallest = min(models, key=lambda one: one["step"]["param_bytes"])
     cheapest = min(models, key=lambda one: one["step"]["macs"])
     over = [one["name"] for one in models if not one["step"]["within_budget"]]
     failed = [one["name"] for one in models if one["verified"] is False]
-    facts = [
-        f"most accurate: {best['name']}, {figure(best['step']['test']['accuracy'], '.1f')} %",
+    facts = [] if apart else [f"most accurate: {best['name']}, {figure(best['step']['test']['accuracy'], '.1f')} %"]
+    facts += [
         f"fewest bytes: {smallest['name']}, {smallest['step']['param_bytes']:,}",
         f"fewest MACs: {cheapest['name']}, {cheapest['step']['macs']:,} for one second of audio",
     ]
@@ -58,7 +59,7 @@ def comparison_verdict(found: Comparison) -> Verdict:
         facts.append(f"over their limits: {', '.join(over)}")
     if failed:
         facts.append(f"failed their verification: {', '.join(failed)}")
-    if apart := _not_comparable(models):
+    if apart:
         facts.append(apart)
     good = None if over or apart else True
     return Verdict(False if failed else good, f"{len(models)} models side by side", tuple(facts))
@@ -100,8 +101,16 @@ def compared_limits(found: Comparison) -> tuple[int | None, int | None]:
 
 
 def _not_comparable(models: Sequence[ComparedModel]) -> str:
-    tests = {(tuple(one["labels"]), one["step"]["test"]["clips"]) for one in models}
-    return "" if len(tests) == 1 else "tested on different data: accuracies do not compare"
+    """In words, where the test clips differ; what some of the models do not say, as older reports, tells nothing."""
+    tests = [one["step"]["test"] for one in models]
+    said = {
+        "labels": {tuple(one["labels"]) for one in models},
+        "numbers of clips": {test["clips"] for test in tests},
+        "kinds of data": {one["data_kind"] for one in models} - {""},
+        "clips": {test["clips_sha256"] for test in tests if "clips_sha256" in test},
+    }
+    different = [what for what, found in said.items() if len(found) > 1]
+    return f"tested on different data ({', '.join(different)}): accuracies do not compare" if different else ""
 
 
 def _figures(models: Sequence[ComparedModel]) -> Section:

@@ -15,6 +15,8 @@ class Scores(TypedDict):
     """One model on the test part; `accuracy`, `by_device`, `seen` and `unseen` are means over classes."""
 
     clips: int
+    clips_sha256: NotRequired[str]
+    """Of their ids, labels and audio: equal where models were tested on the same; older reports lack it."""
     accuracy: float
     overall_accuracy: float
     log_loss: float | None

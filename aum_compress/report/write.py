@@ -46,7 +46,7 @@ def read_report(folder: Path) -> Report:
         folder: exports/<name> or runs/<recipe>.
 
     Raises:
-        BundleError: there is none, or it is not a whole report of this schema.
+        BundleError: there is none, it is of several models, or it is not a whole report of this schema.
     """
     path = folder / REPORT_JSON
     again = "run the recipe again to write it anew"
@@ -59,6 +59,11 @@ def read_report(folder: Path) -> Report:
         ) from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: is no JSON ({error}): cut short or altered; {again}") from None
+    if isinstance(content, dict) and "comparison_version" in content:
+        raise BundleError(
+            f"{path}: shows several models side by side and is no report of a run; open {folder / 'report.html'}, or "
+            "name the folders of the models again to have it anew"
+        )
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found != REPORT_SCHEMA:
         raise BundleError(f"{path}: schema_version is {found}, wanted {REPORT_SCHEMA}; {again}")
