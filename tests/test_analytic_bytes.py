@@ -3,17 +3,18 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from exported import CONFIG, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aum_compress.budget.analytic_bytes import analytic_stored
+from aum_compress.budget.analytic_bytes import analytic_storable, analytic_stored
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.records import Stored
 from aum_compress.budget.stored import stored_by_module
 from aum_compress.compress.prune_plan import Costing
-from aum_compress.compress.quantize import layer_storages
+from aum_compress.compress.quantize import layer_storages, storages_by
 from aum_compress.models.config import (
     AudioMambaConfig,
     BlockConfig,
@@ -109,6 +110,21 @@ def test_pruning_counts_the_bytes_of_the_file_that_the_quantize_section_makes(co
     swap_in_quantized(model, layer_storages(model, section))
     stored = sum(tensor.nbytes for tensor in stored_tensors(model, half=True).values())
     assert Costing(section.precision, 1.0, section)(config).param_bytes == stored
+
+
+@pytest.mark.parametrize(
+    ("block", "wide"),
+    [
+        (BlockConfig(d_inner=16, d_state=4, dt_rank=4), {"layers.0.mixer": 2 * 16 * 4}),  # A_log, both ways
+        (Mamba2BlockConfig(d_inner=16, d_state=4, head_dim=8), {}),
+        (ConvBlockConfig(d_inner=16, d_conv=4), {}),
+    ],
+)
+def test_with_every_layer_of_its_blocks_int8_a_mamba_1_block_alone_stores_a_matrix_wide(block, wide):
+    config = CONFIG.model_copy(update={"blocks": (block,)})
+    section = QuantizeSection(layers={"layers": "int8"})
+    stored = analytic_stored(config, "mixed", storages_by(section, analytic_storable(config)))
+    assert {name: layer.wide_params for name, layer in stored.items() if layer.wide_params} == wide
 
 
 def test_an_exported_file_stores_as_many(tmp_path):
