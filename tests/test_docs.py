@@ -10,11 +10,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
 from audio_trees import write_class_folders
 from tiny_recipe import command, raw_recipe
 
+from aum_compress.export.runtime import Classifier
+from aum_compress.export.stream import Stream
 from aum_compress.recipe_schema import Recipe
 from aum_compress.report.recipe_keys import key_tables, keys_markdown
 from aum_compress.sweep.trial import Result
@@ -58,6 +62,7 @@ def place(finished, tmp_path, monkeypatch, cache_of_finished) -> Path:
     [
         "dcase",
         "export",
+        "on-your-device",
         "sweeps",
         "recipes",
         "pruning",
@@ -85,6 +90,26 @@ def test_a_page_can_be_followed_from_top_to_bottom(page, place, monkeypatch, cap
             assert result.stdout.strip(), line
             done += 1
     assert done
+
+
+def test_the_loop_for_devices_hears_what_a_stream_hears(place, monkeypatch):
+    """And without a line of this package."""
+    command("export", "runs/quickstart/06-quantize", "--to", "device", "--input-rate", "44100")
+    loop = next(block.text for block in blocks("on-your-device") if block.language == "python")
+    assert "aum_compress" not in loop
+    names = {"__name__": "listen"}
+    exec(compile(loop, "docs/on-your-device.md", "exec"), names)
+    samples, rate_hz = soundfile.read("street.wav", dtype="int16")
+    samples = np.tile(samples, 4)
+    assert (names["rate_hz"], samples.ndim) == (rate_hz, 1)
+    sent = samples.astype("<i2").tobytes()
+    chunks = [sent[place : place + 882] for place in range(0, len(sent), 882)]
+    found = list(names["listen"](chunks, hop=names["window"] // 2))
+    stream = Stream(Classifier("device/model-int8-waveform.onnx"), rate_hz, hop_seconds=0.05)
+    wanted = stream.feed(samples / np.float32(32768))
+    assert [label for label, _ in found] == [heard.label for heard in wanted]
+    assert [share for _, share in found] == pytest.approx([float(heard.vote.max()) for heard in wanted], abs=1e-4)
+    assert len(found) == 7
 
 
 def test_the_page_of_recipes_has_every_key_as_the_schema_has_it():
