@@ -27,6 +27,7 @@ ORDER: tuple[set[str], ...] = (
     {"report"},
     {"recipe"},
     {"workspace"},
+    {"same_data"},
     {"teaching", "quantising"},
     {"stages", "publish", "evaluate", "benching", "comparing"},
     {"pruning", "exporting"},
