@@ -13,7 +13,6 @@ import numpy as np
 from filelock import FileLock
 
 from aum_compress.budget.analytic import analytic_macs
-from aum_compress.budget.analytic_bytes import Precision, analytic_stored
 from aum_compress.budget.records import per_second
 from aum_compress.bundle import Bundle, json_sha256, replace_folder
 from aum_compress.compress.prune_plan import (
@@ -31,6 +30,7 @@ from aum_compress.data.index import load_index
 from aum_compress.errors import RecipeError, TrainingDiverged, VerificationFailed
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.pipeline import STAGES, run, shipped_budget
+from aum_compress.pruning import costing
 from aum_compress.recipe import load_recipe
 from aum_compress.recipe_schema import BudgetSection, Recipe
 from aum_compress.sweep.space import Space, settings_of
@@ -200,11 +200,11 @@ def _counted(recipe: Recipe, until: str | None) -> tuple[int | None, int]:
     )
     if recipe.prune and "prune" in _stages(until):
         config = _pruned(recipe, config, until)
-    macs = per_second(sum(analytic_macs(config).values()), seconds)
-    precision = _precision(recipe, until)
-    if isinstance(config, CPMobileConfig) or precision == "mixed":  # how many bytes, is known only when it is made
-        return None, macs
-    return sum(stored.param_bytes for stored in analytic_stored(config, precision).values()), macs
+    searched = recipe.quantize and recipe.quantize.search and "quantize" in _stages(until)
+    if isinstance(config, CPMobileConfig) or searched:  # how many bytes, is known only when it is made
+        return None, per_second(sum(analytic_macs(config).values()), seconds)
+    cost = _costing(recipe, until)(config)
+    return cost.param_bytes, cost.macs
 
 
 def _pruned(recipe: Recipe, config: AudioMambaConfig, until: str | None) -> AudioMambaConfig:
@@ -213,16 +213,14 @@ def _pruned(recipe: Recipe, config: AudioMambaConfig, until: str | None) -> Audi
         *(config, kinds_of(section.dimensions), section.round_to),
         *(share_floors(config, share), fewest_blocks(config, share)),
     )
-    costing = Costing(_precision(recipe, until), recipe.data.clip_seconds)
     limits = recipe.budget or BudgetSection()
-    return least_config(config, left, costing, Cost(limits.max_param_bytes, limits.max_macs))
+    return least_config(config, left, _costing(recipe, until), Cost(limits.max_param_bytes, limits.max_macs))
 
 
-def _precision(recipe: Recipe, until: str | None) -> Precision | Literal["mixed"]:
+def _costing(recipe: Recipe, until: str | None) -> Costing:
     """Of the file that ships, as `pipeline.shipped_budget` takes it."""
-    if recipe.quantize and "quantize" in _stages(until):
-        return recipe.quantize.precision
-    return "fp16" if recipe.export and "fp16" in recipe.export.precisions else "fp32"
+    shipped = recipe if "quantize" in _stages(until) else recipe.model_copy(update={"quantize": None})
+    return costing(shipped, recipe.data.clip_seconds)
 
 
 @cache
