@@ -317,6 +317,7 @@ def test_ctrl_c_in_every_stage(copied, recipe, monkeypatch, tmp_path, stage, pla
 
 INTERRUPT = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as this may be, ignores it
 from aum_compress.train.module import TrainingModule
 step = TrainingModule.training_step
 def interrupted(self, batch, batch_idx):
