@@ -93,8 +93,8 @@ def student_edge(n_mels: int, n_frames: int, n_classes: int) -> AudioMambaConfig
     """The int8 lane where time counts: 74,163 bytes and 7.1 MMAC with 10 classes, for 64 mel bins in place of 256.
 
     - A quarter of the map costs a quarter of the stem, most of which is convolutions on the large map; the front-end
-      itself is a quarter as well (`front_end_of`). On ESC10-mobile that costs nothing on devices that training has
-      heard and 5 points on others (docs/students.md).
+      itself is a quarter as well (`front_end_of`). On ESC10-mobile that costs, on devices that training has not heard,
+      5 points from labels alone and 2 with teachers that hear 256 bins (docs/students.md).
     - Stem: to 16 x 17 cells in two stages, where the channels are few, and to 8 x 9 by the third.
     - Blocks as `student-int8`'s over half as many cells, 9 steps along time and 8 along mel. N = 4 takes a fifth less
       time than N = 8.
