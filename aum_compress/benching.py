@@ -49,7 +49,8 @@ def bench(target: str, against: str | None, rounds: int, dims: Mapping[str, int]
             ((name, path),) = others.items()
             rival = name if name not in files else f"{name} (against)"
             files[rival] = path
-        _check_dims(files.values(), dims)
+        if dims:
+            _check_dims(files.values(), dims)
         with progress("bench") as reporter:
             models = {name: _measured_alone(path, dims) for name, path in files.items()}
             ratios: dict[str, dict[str, Any]] = {name: {} for name in mine} if against is not None else {}

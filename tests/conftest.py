@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,17 @@ def exports(finished) -> Path:
 @pytest.fixture(scope="session")
 def runs(finished) -> Path:
     return finished.out / "runs" / "tiny"
+
+
+@pytest.fixture
+def recipe(finished, tmp_path) -> Path:
+    """The file of the recipe of `finished`."""
+    from tiny_recipe import write_recipe
+
+    return write_recipe(tmp_path, finished.tree)
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """What `finished` has made, to be altered."""
+    return Path(shutil.copytree(finished.out, tmp_path / "copy"))

@@ -13,6 +13,7 @@ from audio_trees import SECONDS, write_tau_tree
 from typer.testing import CliRunner, Result
 
 import aum_compress
+from aum_compress.bundle import read_bundle
 from aum_compress.cli import app
 from aum_compress.pipeline import Outcome, run
 from aum_compress.recipe import validate_recipe
@@ -86,6 +87,15 @@ def write_recipe(folder: Path, tree: Path, **changes) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(raw_recipe(tree, **changes)))
     return path
+
+
+def assert_nothing_half_written(*folders: Path) -> None:
+    """Every stage folder is a whole bundle, and nothing is left of what was being written."""
+    for folder in folders:
+        assert [path for path in folder.rglob(".*") if "writing" in path.name or "replaced" in path.name] == []
+        assert [path for path in folder.rglob("*.partial")] == []
+        for place in [*folder.glob("runs/*/[0-9]*"), *folder.glob("exports/*")]:
+            read_bundle(place)
 
 
 def command(*words: object) -> Result:
