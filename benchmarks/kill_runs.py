@@ -1,11 +1,12 @@
 """SIGKILL at random moments of a run: does the rerun always end with the same models?
 
-    python benchmarks/kill_runs.py [--kills 50] [--recipe quickstart | --tiny] [--seed 0] [--out FILE.json]
+    python benchmarks/kill_runs.py [--kills 50] [--each 5] [--recipe quickstart | --tiny] [--seed 0] [--out FILE.json]
 
-One run to the end says which models are wanted. Then, for each kill, a fresh run is killed at a random moment of the
-time that the whole one took, and started again until it ends: what comes out must be the same tensors, byte by byte, in
-every stage, the same ONNX graphs (their metadata name the moment), and nothing half-written beside them. `--tiny` takes
-the recipe of the tests, which is all stages in seconds. Times serve to spread the kills and are no result.
+One run to the end says which models are wanted. Then fresh runs are killed, each at `--each` random moments of the time
+that the whole one took, started again behind every kill and at last left to end: what comes out must be the same
+tensors, byte by byte, in every stage, the same ONNX graphs (their metadata name the moment), and nothing half-written
+beside them. `--tiny` takes the recipe of the tests, which is all stages in seconds. Times serve to spread the kills and
+are no result.
 """
 
 import argparse
@@ -32,6 +33,7 @@ COMMAND = [sys.executable, "-c", "from aum_compress.cli import main; main()", "r
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--each", type=int, default=1, help="kills of one run before it is left to end")
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--tiny", action="store_true", help="the recipe of the tests in place of --recipe")
     parser.add_argument("--seed", type=int, default=0)
@@ -45,22 +47,29 @@ def main() -> None:
         _run(recipe, place / "whole")
         seconds = time.monotonic() - started
         wanted = _models(place / "whole")
-        rows = []
-        for number in range(arguments.kills):
-            rows.append(_killed(recipe, place / "killed", generator.uniform(0, seconds), wanted))
-            print(f"kill {number + 1} of {arguments.kills}: {rows[-1]}", file=sys.stderr, flush=True)
+        rows: list[dict[str, Any]] = []
+        killed = 0
+        while killed < arguments.kills:
+            times = min(arguments.each, arguments.kills - killed)
+            moments = sorted(generator.uniform(0, seconds) for _ in range(times))
+            waits = [moment - before for before, moment in zip([0.0, *moments], moments)]
+            rows.append(_killed(recipe, place / "killed", waits, wanted))
+            killed += rows[-1]["kills"]
+            print(f"{killed} of {arguments.kills}: {rows[-1]}", file=sys.stderr, flush=True)
             shutil.rmtree(place / "killed", ignore_errors=True)
     record = {
         "command": " ".join(["python", "benchmarks/kill_runs.py", *sys.argv[1:]]),
         "machine": machine(),
         "models": len(wanted),
-        "kills": sum(row["killed"] for row in rows),
+        "kills": sum(row["kills"] for row in rows),
+        "ended": len(rows),
         "same_models": sum(row["same"] for row in rows),
         "nothing_left_over": sum(not row["left_over"] for row in rows),
         "runs": rows,
     }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{record['kills']} kills, the same models {record['same_models']} times: {arguments.out}")
+    same = record["same_models"]
+    print(f"{record['kills']} kills of {len(rows)} runs, all models the same in {same}: {arguments.out}")
 
 
 def _tiny(place: Path) -> str:
@@ -84,17 +93,18 @@ def _run(recipe: str, out: Path) -> None:
         raise SystemExit(f"the run itself has failed: {stderr.decode()[-2000:]}")
 
 
-def _killed(recipe: str, out: Path, after: float, wanted: dict[str, str]) -> dict[str, Any]:
-    """One run, killed after so many seconds, its features gone with it, then run again to its end."""
-    process = _start(recipe, out)
-    try:
-        process.wait(after)
-        killed = False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        killed = True
-    process.communicate()
-    done = len(list(out.glob("runs/*/*/bundle.json")))
+def _killed(recipe: str, out: Path, waits: list[float], wanted: dict[str, str]) -> dict[str, Any]:
+    """One run, started again behind each kill, after so many seconds each; at last left to end."""
+    kills, done = 0, []
+    for wait in waits:
+        process = _start(recipe, out)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        done.append(len(list(out.glob("runs/*/*/bundle.json"))))
     _run(recipe, out)
     found = _models(out)
     left_over = [
@@ -103,8 +113,8 @@ def _killed(recipe: str, out: Path, after: float, wanted: dict[str, str]) -> dic
     shutil.rmtree(out.parent / f"cache-of-{out.name}", ignore_errors=True)
     changed = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     return {
-        "after_seconds": round(after, 2),
-        "killed": killed,
+        "after_seconds": [round(wait, 2) for wait in waits],
+        "kills": kills,
         "stages_done": done,
         "same": not changed,
         "changed": changed,

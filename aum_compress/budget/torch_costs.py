@@ -288,6 +288,7 @@ HANDLES: dict[str, Handle] = {
     "aum_compress::ssd": _ssd,
     "aum_compress::quantize_dequantize": _elementwise("quantize", "dequantize"),
     "aum_compress::dequantize_weight": _elementwise("dequantize"),
+    "aum_compress::round_bias": _elementwise("multiply", "divide", "round", "multiply"),
     **{f"aten::{name}": _matmul for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")},
     **{f"aten::{name}": _outer for name in ("outer", "ger", "kron")},
     **{f"aten::{name}": _added_matmul for name in ("addmm", "addbmm", "baddbmm", "addmv")},

@@ -1,8 +1,9 @@
 """The same computation in fewer bytes and nodes: an int8 layer is one node, and nothing is said that is so by default.
 
 Written out, an int8 layer is five nodes: QuantizeLinear and DequantizeLinear of its input, DequantizeLinear of its
-weight, Cast of its bias, and the layer. Their names and those of the values between them are a sixth of a student's
-file. Here they stand once, in a model-local function; runtimes inline it, and fuse what they fused before.
+weight, Cast of its bias, and the layer; a convolution has four more, which round its bias. Their names and those of the
+values between them are a sixth of a student's file. Here they stand once, in a model-local function; runtimes inline
+it, and fuse what they fused before.
 """
 
 from collections import Counter
@@ -32,15 +33,23 @@ class _Layer:
     """Those that stand in the function."""
     adds_bias: bool = False
     """By an Add behind the product."""
+    rounds_bias: bool = False
+    """To whole steps of the sums, as integer kernels have it."""
 
 
 _LAYERS = {
-    "Int8Conv": _Layer("Conv", has_bias=True, attributes=_CONV_ATTRIBUTES),
+    "Int8Conv": _Layer("Conv", has_bias=True, attributes=_CONV_ATTRIBUTES, rounds_bias=True),
     "Int8Gemm": _Layer("Gemm", has_bias=True, fixed={"transB": 1}),
     "Int8Linear": _Layer("MatMul", has_bias=True, weight_axis=1, adds_bias=True),
     "Int8MatMul": _Layer("MatMul", has_bias=False, weight_axis=1),
 }
 """Name of a function -> what it stands for; of two with the same operator the first that fits is taken."""
+_ROUNDING = (
+    "step = Mul (input_scale, weight_scale)",
+    "bias_steps = Div (wide_bias, step)",
+    "whole_steps = Round (bias_steps)",
+    "whole_bias = Mul (whole_steps, step)",
+)
 
 
 def int8_function(name: str, opset: int) -> onnx.FunctionProto:
@@ -54,12 +63,13 @@ def int8_function(name: str, opset: int) -> onnx.FunctionProto:
     given = [f"{key}: {'int' if key == 'group' else 'ints'} = @{key}" for key in layer.attributes]
     given += [f"{key} = {value}" for key, value in layer.fixed.items()]
     product, attributes = "product" if layer.adds_bias else "y", f"<{', '.join(given)}>" if given else ""
-    bias = ", wide_bias" * (layer.has_bias and not layer.adds_bias)
+    bias = (", whole_bias" if layer.rounds_bias else ", wide_bias") * (layer.has_bias and not layer.adds_bias)
     lines = (
         "levels = QuantizeLinear (x, input_scale, input_zero_point)",
         "rounded = DequantizeLinear (levels, input_scale, input_zero_point)",
         f"wide_weight = DequantizeLinear <axis = {layer.weight_axis}> (weight, weight_scale)",
         *(["wide_bias = Cast <to = 1> (bias)"] * layer.has_bias),
+        *(_ROUNDING * layer.rounds_bias),
         f"{product} = {layer.operator} {attributes} (rounded, wide_weight{bias})",
         *(["y = Add (product, wide_bias)"] * layer.adds_bias),
     )
@@ -162,11 +172,29 @@ class _Int8Layers:
                 return None
             (bias,) = (name for name in addition.input if name != product.output[0])
             replaced.append(addition)
+        if layer.rounds_bias:
+            rounding = self._rounding(bias, levels.input[1], weight.input[1])
+            if rounding is None:
+                return None
+            replaced[:0] = rounding
+            bias = rounding[1].input[0]
         cast = self._made_by(bias, "Cast")
         inputs.append(cast.input[0] if cast else bias)
         if inputs[-1] not in self.stored:
             return None
         return inputs, [cast, *replaced] if cast else replaced
+
+    def _rounding(self, bias: str, input_scale: str, weight_scale: str) -> list[onnx.NodeProto] | None:
+        """The nodes of `_ROUNDING`, in its order, that make `bias`; None where other nodes do."""
+        whole = self._made_by(bias, "Mul")
+        rounded = whole and self._made_by(whole.input[0], "Round")
+        steps = rounded and self._made_by(rounded.input[0], "Div")
+        if not steps or steps.input[1] != whole.input[1] or self.uses[step := steps.input[1]] != 2:
+            return None
+        made = self.makers.get(step)
+        if made is None or made.op_type != "Mul" or list(made.input) != [input_scale, weight_scale]:
+            return None
+        return [made, steps, rounded, whole]
 
     def _made_by(self, name: str, operator: str) -> onnx.NodeProto | None:
         """The node that makes `name`, for one reader alone."""

@@ -120,6 +120,7 @@ def _trace(model: Model, dynamic_batch: bool, functions: "_Functions") -> ir.Mod
             custom_translation_table={
                 torch.ops.aum_compress.quantize_dequantize.default: _quantize_dequantize,
                 torch.ops.aum_compress.dequantize_weight.default: _dequantize_weight,
+                torch.ops.aum_compress.round_bias.default: _round_bias,
             },
             verbose=False,
         )
@@ -193,6 +194,11 @@ def _quantize_dequantize(x, scale, zero_point):
 
 def _dequantize_weight(weight, scale):
     return opset18.DequantizeLinear(weight, scale, axis=0)
+
+
+def _round_bias(bias, input_scale, weight_scale):
+    step = opset18.Mul(input_scale, weight_scale)
+    return opset18.Mul(opset18.Round(opset18.Div(bias, step)), step)
 
 
 def _finished(exported: ir.Model, metadata: OnnxMetadata, functions: _Functions) -> onnx.ModelProto:

@@ -21,6 +21,7 @@ from aum_compress.models.quantized import (
     dequantize_weight,
     geometry,
     quantize_dequantize,
+    round_bias,
     round_to_half_,
     swap_in_quantized,
 )
@@ -32,6 +33,8 @@ SAMPLED_IN_TRAINING = 8_000
 MOMENTUM = 0.01
 """Weight of a training batch in the moving average of a range; Quamba's observers have the same."""
 SMALLEST_STEP = 1e-12
+MOST_BIAS_STEPS = 2.0**24
+"""Of a bias: whole numbers that float32 holds, and far from int32's end, where kernels make nonsense of it."""
 CLIPPED_SHARES = tuple(step / 20 for step in range(8, 21))
 """Of the largest weight, that the scale of 4 bits may end at."""
 
@@ -113,6 +116,10 @@ class FakeQuantize(nn.Module):
         clipped = x.clamp(*ends)
         return clipped + (rounded - clipped).detach()
 
+    def scale(self) -> Tensor:
+        """() float32, of the grid over the present range."""
+        return uint8_grid(self.low, self.high)[0]
+
     def set_range(self, low: Tensor | float, high: Tensor | float) -> None:
         self.low.fill_(low)
         self.high.fill_(high)
@@ -142,11 +149,13 @@ class FakeQuantizedLayer(nn.Module):
             x = x * self.input_factor
         if self.input is not None:
             x = self.input(x)
-        return apply_layer(x, self._rounded_weight(), self.bias, self.convolution)
+        return apply_layer(x, self._rounded_weight(), self._rounded_bias(), self.convolution)
 
     def integers(self) -> tuple[Tensor, Tensor]:
-        """int8 weights and their scale (outputs,)."""
+        """int8 weights and their scale (outputs,); coarse where a channel is next to nothing beside its bias."""
         scale = weight_scale(self.weight, self.top)
+        if self._has_bias_steps():
+            scale = torch.maximum(scale, self.bias.detach().abs() / (self.input.scale() * MOST_BIAS_STEPS))
         return round_weight(self.weight.detach(), scale, self.top), scale
 
     def _rounded_weight(self) -> Tensor:
@@ -159,6 +168,15 @@ class FakeQuantizedLayer(nn.Module):
         end = by_output(scale * self.top, self.weight)
         clipped = self.weight.clamp(-end, end)
         return clipped + (rounded - clipped).detach()
+
+    def _has_bias_steps(self) -> bool:
+        return self.convolution is not None and self.bias is not None and self.input is not None
+
+    def _rounded_bias(self) -> Tensor | None:
+        if self.top is None or not self._has_bias_steps() or not self.input.active:
+            return self.bias
+        rounded = round_bias(self.bias.detach(), self.input.scale(), self.integers()[1])
+        return self.bias + (rounded - self.bias).detach() if torch.is_grad_enabled() else rounded
 
 
 def top_of(storage: Storage, weight_bits: int) -> int:

@@ -3,7 +3,9 @@
 Weights are symmetric, one scale an output channel, in 8 or 4 bits; inputs, where a layer quantises them, are asymmetric
 uint8, one scale a tensor. Rounding is half-to-even and division by the scale, as ONNX QuantizeLinear defines it, so
 that onnxruntime with its optimisations off computes what torch computes. The multiplication itself stays in float32.
-Both operations are `torch.library` operators, so that export writes them as QuantizeLinear / DequantizeLinear.
+The bias of a convolution is a whole number of steps of its sums: integer kernels make it one in any case, and do so
+differently from what a file says that has it in full.
+All of these are `torch.library` operators, so that export writes them as QuantizeLinear, DequantizeLinear and Round.
 """
 
 from collections.abc import Mapping
@@ -40,6 +42,18 @@ def dequantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
 @dequantize_weight.register_fake
 def _(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=scale.dtype)
+
+
+@torch.library.custom_op("aum_compress::round_bias", mutates_args=())
+def round_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """`bias` (outputs,) in whole steps of the sums: `input_scale` () times `weight_scale` (outputs,); float32."""
+    step = input_scale * weight_scale
+    return torch.round(bias / step) * step
+
+
+@round_bias.register_fake
+def _(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    return torch.empty_like(bias)
 
 
 def by_output(scale: Tensor, weight: Tensor) -> Tensor:
@@ -114,7 +128,10 @@ class QuantizedLayer(nn.Module):
             x = x * self.input_factor
         if self.storage in QUANTISED_INPUTS:
             x = quantize_dequantize(x, self.input_scale, self.input_zero_point)
-        return apply_layer(x, dequantize_weight(self.weight, self.weight_scale), self.bias, self.convolution)
+        bias = self.bias
+        if bias is not None and self.convolution is not None and self.storage in QUANTISED_INPUTS:
+            bias = round_bias(bias, self.input_scale, self.weight_scale)
+        return apply_layer(x, dequantize_weight(self.weight, self.weight_scale), bias, self.convolution)
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, Quantizable]:
