@@ -29,7 +29,7 @@ from aum_compress.publish import ShippedFile, export, gated_precision, publish, 
 from aum_compress.recipe_schema import Recipe, TrainConfig
 from aum_compress.report.schema import REPORT_SCHEMA
 from aum_compress.report.write import report_files
-from aum_compress.stages import distill, quantise, resolve, train_on_labels
+from aum_compress.stages import check_quantisation, distill, quantise, resolve, train_on_labels
 from aum_compress.teaching import check_teachers, find_teachers
 from aum_compress.train.distributed import FirstProcessFailed, join
 from aum_compress.workspace import Workspace
@@ -136,6 +136,7 @@ def _require_models(space: Workspace) -> None:
         if section is not None:
             resolve(space, section)
     check_teachers(space)
+    check_quantisation(space)
     check_pruning(space)
 
 

@@ -5,15 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from aum_compress.bundle import Bundle, file_sha256
-from aum_compress.compress.quantize import prepare, signal_to_noise_db, with_layers
+from aum_compress.compress.quantize import (
+    layer_storages,
+    prepare,
+    signal_to_noise_db,
+    with_layers,
+    without_absent,
+)
 from aum_compress.compress.saturation import saturating_pairs
 from aum_compress.console import log, progress
 from aum_compress.models.checkpoints import load_published, read_published, state_for
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
-from aum_compress.models.factory import Model, build_model
+from aum_compress.models.factory import Model, build_model, folded_config
 from aum_compress.models.fake_quantized import converted
 from aum_compress.quantising import calibration, judging_clips, searched
 from aum_compress.recipe_schema import ModelSection, TrainConfig
@@ -81,10 +88,12 @@ def quantise(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundl
     def make(work_dir: Path) -> Made:
         model = parent.load_model()
         notes: dict[str, Any] = {}
-        chosen = section
+        chosen, gone = without_absent(model, section) if space.recipe.prune else (section, [])
+        if gone:  # `check_quantisation` has found them in the model before pruning
+            log(f"quantize: {', '.join(gone)}: left with pruning")
         if section.search:
-            notes["search"] = searched(space, model, section, work_dir, workers)
-            chosen = with_layers(section, notes["search"]["layers"])
+            notes["search"] = searched(space, model, chosen, work_dir, workers)
+            chosen = with_layers(chosen, notes["search"]["layers"])
         clips = calibration(space, section)
         with progress("quantize: calibration"):
             fake = prepare(model, clips, chosen)
@@ -110,6 +119,20 @@ def quantise(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundl
             "responses": space.responses_sha256(section.train),
         }
     return space.stage("quantize", parent, reads, make, workers)
+
+
+def check_quantisation(space: Workspace) -> None:
+    """Whether the names in the recipe's `quantize` are layers of the model that it trains: before any training.
+
+    Raises:
+        AumError: one that is not.
+    """
+    recipe = space.recipe
+    if recipe.quantize is None:
+        return
+    config = resolve(space, getattr(recipe, recipe.prune.start if recipe.prune else "student"))
+    with torch.random.fork_rng(devices=[]):
+        layer_storages(build_model(folded_config(config)), recipe.quantize)
 
 
 def fine_tune(space: Workspace, parent: Bundle, teachers: list[Teacher], logits: Callable[[], Tensor]) -> Bundle:

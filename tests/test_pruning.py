@@ -147,3 +147,21 @@ def test_steps_follow_from_what_is_over():
     assert steps_needed(Cost(128_000, 40_000_000), limits) == 1
     assert steps_needed(Cost(384_000, 40_000_000), limits) == 4
     assert steps_needed(Cost(25_000_000, 1_750_000_000), limits) == 15
+
+
+def test_a_layer_that_left_with_pruning_needs_no_precision_and_one_that_never_was_is_refused_at_once(
+    finished, copied, tmp_path, capsys
+):
+    prune = {"ratio": 0.5, "dimensions": ["blocks"], "finetune": TRAIN}
+    quantize = {"calibration_clips": 16, "layers": {"layers.1": "fp16"}, "keep_float": ["layers.0.mixer.x_proj"]}
+    outcome = run(recipe(finished.tree, prune=prune, quantize=quantize), copied, until="quantize")
+    assert len(outcome.bundles["prune"].card.model.blocks) == 1
+    assert "quantize: layers.1: left with pruning" in capsys.readouterr().err
+    stored = outcome.bundles["quantize"].card.quantized_layers
+    assert stored["layers.0.mixer.in_proj"] == "int8"
+    assert "layers.0.mixer.x_proj" not in stored
+
+    misspelt = quantize | {"keep_float": ["layer.0"]}
+    with pytest.raises(AumError, match=r"quantize.keep_float: layer.0: no such layer; the model has patch_embed"):
+        run(recipe(finished.tree, quantize=misspelt), tmp_path / "new")
+    assert not list((tmp_path / "new").rglob("bundle.json"))

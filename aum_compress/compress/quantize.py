@@ -77,11 +77,29 @@ def layer_storages(model: Model, section: QuantizeSection) -> dict[str, Storage]
         AumError: a name in `keep_float` or `layers` fits no layer.
     """
     known = storable(model)
-    names = list(known.weights)
-    for key, given in (("keep_float", section.keep_float), ("layers", section.layers)):
-        if unknown := [beginning for beginning in given if not any(name.startswith(beginning) for name in names)]:
-            raise AumError(f"quantize.{key}: {', '.join(unknown)}: no such layer; the model has {', '.join(names)}")
+    for key, unknown in _unknown(model, section).items():
+        names = ", ".join(known.weights)
+        raise AumError(f"quantize.{key}: {', '.join(unknown)}: no such layer; the model has {names}")
     return storages_by(section, known)
+
+
+def without_absent(model: Model, section: QuantizeSection) -> tuple[QuantizeSection, list[str]]:
+    """`section` without the names in `keep_float` and `layers` that fit no layer of `model`, and these names."""
+    absent = _unknown(model, section)
+    gone = [name for names in absent.values() for name in names]
+    kept = {
+        "keep_float": tuple(name for name in section.keep_float if name not in gone),
+        "layers": {name: storage for name, storage in section.layers.items() if name not in gone},
+    }
+    return section.model_copy(update=kept), gone
+
+
+def _unknown(model: Model, section: QuantizeSection) -> dict[str, list[str]]:
+    """Key -> beginnings of names there that fit no layer; keys without any are left out."""
+    names = storable(model).weights
+    given = {"keep_float": section.keep_float, "layers": section.layers}
+    unfit = {key: [own for own in given[key] if not any(name.startswith(own) for name in names)] for key in given}
+    return {key: beginnings for key, beginnings in unfit.items() if beginnings}
 
 
 def storages_by(section: QuantizeSection, model: Storable) -> dict[str, Storage]:
