@@ -353,12 +353,29 @@ def test_figures_of_a_comparison():
     check = compare("swapped", found, expected, TOLERANCE, optimised=True)
     assert (check.max_abs_error, check.agreement, check.n_inputs) == (1.0, 0.5, 2)
     assert check.sqnr_db == pytest.approx(0.0)
-    assert "same class for 50.0%, at least 100% wanted" in check.reason
+    assert "same class for 50.0%, ties included, at least 100% wanted" in check.reason
     assert compare("same", expected, expected, TOLERANCE, optimised=None).sqnr_db == 300
     tie = np.array([[1.0, 0.999]])
-    assert compare("tie", tie[:, ::-1], tie, TOLERANCE, optimised=None).agreement == 1.0
+    swapped = compare("tie", tie[:, ::-1], tie, TOLERANCE, optimised=None)
+    assert swapped.passed
+    assert swapped.agreement == 0.0, "what is printed is what was chosen"
     assert "logits of shape (2, 2), wanted (1, 2)" in compare("shape", found, tie, TOLERANCE, optimised=None).reason
     assert "the reference's" in compare("bad", tie, tie * np.inf, TOLERANCE, optimised=None).reason
+
+
+def test_many_recordings_have_to_have_the_very_same_class():
+    """Ties do not excuse more than 0.5 %; of few recordings, or of noise, they may."""
+    tolerance = TOLERANCES["int8", True]
+    expected = np.tile([[1.0, 0.99, 0.0]], (1000, 1))
+    found = expected.copy()
+    found[:5] = [0.99, 1.0, 0.0]
+    assert compare("clips", found, expected, tolerance, optimised=True).passed
+    found[5] = [0.99, 1.0, 0.0]
+    failed = compare("clips", found, expected, tolerance, optimised=True)
+    assert not failed.passed
+    assert failed.reason == "same class for 99.40%, at least 99.5% wanted"
+    assert compare("random", found, expected, tolerance, optimised=True).passed
+    assert compare("clips", found[:100], expected[:100], tolerance, optimised=True).passed
 
 
 def test_stress_of_integer_kernels_is_judged_more_mildly_than_recordings():
@@ -366,7 +383,7 @@ def test_stress_of_integer_kernels_is_judged_more_mildly_than_recordings():
         assert tolerance.on("clips") == tolerance.on("golden") == tolerance.on("waveform, recordings") == tolerance
         milder = tolerance.on("full scale") != tolerance
         assert milder == (key in (("int8", True), ("mixed", True)))
-    assert TOLERANCES["int8", True].on("full scale") == replace(TOLERANCES["int8", True], min_sqnr_db=12.0)
+    assert TOLERANCES["int8", True].on("full scale") == replace(TOLERANCES["int8", True], min_sqnr_db=20.0)
 
 
 def test_saturating_kernels_are_told_apart_from_a_wrong_file(monkeypatch):
