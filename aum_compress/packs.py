@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from aum_compress.bundle import CARD, Bundle, file_sha256, read_bundle
 from aum_compress.device_names import GENERAL, names_a_folder
 from aum_compress.errors import BundleError, join_problems
+from aum_compress.models.storage import QuantisedPrecision
 
 PACK = "pack.json"
 
@@ -28,7 +29,7 @@ class PackCard(BaseModel):
     created: str
     inputs_sha256: str
     """Over all that the pack was made from: an equal one means that it need not be made again."""
-    precision: str
+    precision: Literal["fp32", "fp16", QuantisedPrecision]
     """Of the ONNX files."""
     models: dict[str, str]
     """Name, `general` or a device -> sha256 of its bundle's card."""
@@ -50,7 +51,17 @@ class Pack:
         return read_bundle(self.path / name)
 
     def onnx_file(self, name: str) -> Path:
-        return self.path / name / f"model-{self.card.precision}.onnx"
+        """The ONNX file of a model, checked against its bundle's card.
+
+        Raises:
+            BundleError: a bundle that was altered, or one whose card does not name the file.
+        """
+        bundle, file = self.bundle(name), f"model-{self.card.precision}.onnx"
+        if file not in bundle.card.files:
+            raise BundleError(
+                f"{bundle.path}: its card names no {file}, wanted by the precision in {PACK}; run the recipe again"
+            )
+        return bundle.path / file
 
     def model_for(self, device: str) -> str:
         """The device itself where it has a model of its own, else `general`."""

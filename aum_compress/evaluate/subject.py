@@ -71,7 +71,6 @@ def _pack_logits(pack: Pack, cached: CachedClips, spec: InputSpec, advance: Adva
     logits: np.ndarray | None = None
     for name in np.unique(asked):
         rows = np.flatnonzero(asked == name)
-        pack.bundle(name)  # its files are those of its card
         own = cached.only([cached.clips[row] for row in rows])
         answers = onnx_logits(Classifier(pack.onnx_file(name)), own, spec, advance)
         logits = np.empty((len(cached), answers.shape[1]), dtype=np.float32) if logits is None else logits
