@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 import zipfile
 import zlib
@@ -270,11 +271,25 @@ def write_bundle(path: Path, card: BundleCard, files: Mapping[str, bytes | Path]
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """What writers of `path` that were killed have left beside it."""
+    """What writers of `path` that were killed have left beside it; not what another one is at work on."""
     prefixes = (f".{path.name}.writing-", f".{path.name}.replaced-")
     if not path.parent.is_dir():
         return []
-    return [entry for entry in path.parent.iterdir() if entry.name.startswith(prefixes)]
+    found = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefixes)]
+    return [entry for entry in found if not _is_another_process(entry.name.rpartition("-")[2])]
+
+
+def _is_another_process(pid: str) -> bool:
+    """Whether a process of this machine, other than this one, has that number now."""
+    if not pid.isdecimal() or int(pid) == os.getpid() or sys.platform == "win32":  # where signal 0 is Ctrl-C
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def replace_folder(source: Path, target: Path) -> None:

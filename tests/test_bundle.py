@@ -1,10 +1,15 @@
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import LABELS, SPEC, features, student_config, trained_like
 
+import aum_compress
 from aum_compress.bundle import (
     BundleCard,
     find_bundle,
@@ -12,6 +17,7 @@ from aum_compress.bundle import (
     model_files,
     now,
     read_bundle,
+    replace_folder,
     tool_versions,
     write_bundle,
 )
@@ -161,6 +167,44 @@ def test_writing_again_replaces_the_whole_folder(bundle, model):
     assert again.card.inputs_sha256 == "new"
     assert set(again.card.files) == {"extra.txt", "model.safetensors", "golden.npz"}
     assert len(list(bundle.path.parent.iterdir())) == 1
+
+
+def test_what_killed_writers_left_goes_away_and_what_a_living_one_writes_stays(bundle, model):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        with subprocess.Popen([sys.executable, "-c", ""]) as killed:
+            pass
+        kept, left = [], [bundle.path.with_name(f".{bundle.path.name}.writing-of-nobody")]
+        for pid, places in ((living.pid, kept), (killed.pid, left), (os.getpid(), left)):
+            places += [bundle.path.with_name(f".{bundle.path.name}.{what}-{pid}") for what in ("writing", "replaced")]
+        for place in kept + left:
+            place.mkdir()
+            (place / "model.safetensors").write_bytes(b"")
+        write_bundle(bundle.path, card(model), model_files(model, features(2).numpy()))
+        assert sorted(bundle.path.parent.iterdir()) == sorted([bundle.path, *kept])
+        assert all((place / "model.safetensors").is_file() for place in kept)
+        living.communicate(b"\n")
+
+
+def test_two_processes_write_one_bundle_at_once(bundle, model, monkeypatch):
+    """The other one begins and ends while this one is at work; the last one's bundle stands there in the end."""
+    other = f"""
+from pathlib import Path
+from aum_compress.bundle import read_bundle, write_bundle
+written = read_bundle(Path({str(bundle.path)!r}))
+card = written.card.model_copy(update={{"inputs_sha256": "other"}})
+write_bundle(written.path, card, {{name: (written.path / name).read_bytes() for name in written.card.files}})
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(aum_compress.__file__).parent.parent)}
+
+    def meanwhile(source, target):
+        subprocess.run([sys.executable, "-c", other], check=True, env=environment)
+        assert read_bundle(bundle.path).card.inputs_sha256 == "other"
+        replace_folder(source, target)
+
+    monkeypatch.setattr("aum_compress.bundle.replace_folder", meanwhile)
+    write_bundle(bundle.path, card(model, inputs_sha256="this"), model_files(model, features(2).numpy()))
+    assert read_bundle(bundle.path).card.inputs_sha256 == "this"
+    assert list(bundle.path.parent.iterdir()) == [bundle.path]
 
 
 def test_missing_tensors_are_said_so(bundle, tmp_path):
