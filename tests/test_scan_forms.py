@@ -5,9 +5,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from answers import message
 from exported import CONFIG, LABELS, SPEC, liven, metadata
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tiny_recipe import command
 
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed
@@ -109,6 +111,16 @@ def test_the_refused_form_is_not_finite_where_ours_are_exact():
     assert not torch.isfinite(torch.exp(-sums)).all()
     for form in FORMS:
         assert relative_error(run("one-way", form, tensors), oracle(tensors)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cumsum", "cumulative", "cumulative-sum"])
+def test_the_refused_form_is_asked_for_and_the_answer_says_why(name, tmp_path):
+    text = message("export", tmp_path / "none", "--to", tmp_path / "to", "--scan", name)
+    assert f"--scan {name}: exp(s) * cumsum(drive * exp(-s)), with s the running sum of dt*A, is refused" in text
+    assert "Wanted scan, chunked, unrolled (docs/latency.md)" in text
+    other = command("export", tmp_path / "none", "--to", tmp_path / "to", "--scan", "other")
+    assert other.exit_code == 2
+    assert "'other' is not one of 'scan', 'chunked', 'unrolled'" in " ".join(other.stderr.split())
 
 
 @settings(max_examples=20, deadline=None)
