@@ -2,12 +2,14 @@
 
     python benchmarks/fuzz.py [--minutes 60] [--seed 0] [--only NAME...] [--out benchmarks/fuzz.json]
 
-Each reader gets the same share of the time. A finding is an exception that is no AumError: its seed makes the file
-again. `tests/test_fuzz.py` holds the cases that were found.
+Each reader gets the same share of the time. A finding is an exception that is no AumError, memory beyond 6 GB among
+them, or a file that takes longer than 10 s: its seed makes the file again. `tests/test_fuzz.py` holds the cases that
+were found.
 """
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -20,6 +22,8 @@ from fuzzing import fuzzed, quiet, targets
 from tiny_recipe import finished_run
 
 from aum_compress.bundle import machine
+
+MOST_BYTES, MOST_SECONDS = 6 * 2**30, 10.0
 
 
 def main() -> None:
@@ -35,6 +39,7 @@ def main() -> None:
         made = targets(Path(folder) / "files", finished.out / "runs" / "tiny" / "06-quantize", finished.outcome.folder)
         chosen = [target for target in made if not arguments.only or target.name in arguments.only]
         quiet()
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
         rows = [_row(target, arguments.seed, 60 * arguments.minutes / len(chosen)) for target in chosen]
     record = {"command": " ".join(["python", "benchmarks/fuzz.py", *sys.argv[1:]]), "machine": machine()}
     record |= {"files": sum(row["files"] for row in rows), "findings": sum(len(row["findings"]) for row in rows)}
@@ -48,10 +53,14 @@ def _row(target, seed: int, seconds: float) -> dict:
     first: dict[str, int] = {}
     started, count = time.monotonic(), 0
     while time.monotonic() - started < seconds:
+        begun = time.monotonic()
         _, error = fuzzed(target, seed + count)
+        if error is None and time.monotonic() - begun > MOST_SECONDS:
+            error = TimeoutError()
         if error is not None:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{type(error).__name__} in {Path(place.filename).name}, {place.name}"
+            frames = traceback.extract_tb(error.__traceback__)
+            where = f" in {Path(frames[-1].filename).name}, {frames[-1].name}" if frames else ""
+            what = f"{type(error).__name__}{where}"
             found[what] += 1
             first.setdefault(what, seed + count)
         count += 1

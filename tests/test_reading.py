@@ -53,6 +53,17 @@ def test_resamples_to_the_wanted_rate(tmp_path):
     assert read_audio(str(path), 32_000).shape == (16_000,)
 
 
+@pytest.mark.parametrize("rate", [1, 99, 1_536_001, 134_225_728])
+def test_a_rate_that_no_audio_has_is_refused_before_it_takes_all_memory(tmp_path, rate):
+    """One flipped bit of a header; at 134 MHz the filters of resampling took 24 GB."""
+    path = write(tmp_path / "tone.wav", stereo(0.1), "FLOAT", rate=rate)
+    for read in (audio_info, lambda path: read_audio(path, 8000)):
+        with pytest.raises(
+            DataError, match=rf"tone.wav: its header says {rate:,} samples a second, wanted 100 to 1,536,"
+        ):
+            read(path)
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_a_window_is_that_part_of_the_whole(tmp_path, suffix):
     path = tmp_path / f"tone.{suffix}"

@@ -68,3 +68,8 @@ def test_same_rate_and_no_samples_pass_through():
 def test_impossible_rates_are_refused(from_hz, to_hz):
     with pytest.raises(DataError, match="rates must be whole and above zero"):
         resample(noise(10), from_hz, to_hz)
+
+
+def test_a_rate_beyond_all_audio_is_refused():
+    with pytest.raises(DataError, match="no audio has a rate above 1536000 Hz"):
+        resample(np.zeros(100, dtype=np.float32), 8000, 10**9)

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from aum_compress.audio.resample import resample
+from aum_compress.audio.resample import MOST_HZ, resample
 from aum_compress.errors import DataError
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 """Lower-case suffixes of the files that data folders are searched for."""
+
+_LEAST_HZ = 100
+"""Of a file's rate. At one hertz, a second of audio would become half a day and not fit into memory."""
 
 _TOLERATED_LOSS = 0.01
 """Share of the promised samples that may be missing: mp3 headers count a little more than their frames hold."""
@@ -42,7 +45,8 @@ class AudioInfo:
 def audio_info(path: Path | str) -> AudioInfo:
     """Header of an audio file, without decoding it.
 
-    Raises DataError, naming the file, when it is missing, not audio, or a wav file with fewer bytes than it promises.
+    Raises DataError, naming the file, when it is missing, not audio, of a rate that no audio has, or a wav file with
+    fewer bytes than it promises.
     """
     with _open(Path(path)) as file:
         return AudioInfo(file.samplerate, file.channels, file.frames)
@@ -57,8 +61,8 @@ def read_audio(
     `duration_seconds`, only that window from `start_seconds` is decoded, and resampled as if silence lay around it; a
     window that reaches past the end of the file comes back shorter. In an mp3 file all that lies before is decoded too.
 
-    Raises DataError, naming the file, when it is missing, not audio, corrupt, cut short by more than 1 %, without
-    samples, holds NaN or infinity in the window, or ends before `start_seconds`.
+    Raises DataError, naming the file, when it is missing, not audio, of a rate that no audio has, corrupt, cut short by
+    more than 1 %, without samples, holds NaN or infinity in the window, or ends before `start_seconds`.
     """
     path = Path(path)
     if start_seconds < 0 or (duration_seconds is not None and duration_seconds <= 0):
@@ -120,6 +124,11 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
         cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
         if cut and int(cut[1]) < _STREAMED_BYTES:
             _refuse_if_cut(path, found=int(cut[2]), promised=int(cut[1]), unit="bytes of audio")
+        if not _LEAST_HZ <= file.samplerate <= MOST_HZ:
+            raise DataError(
+                f"{path}: its header says {file.samplerate:,} samples a second, wanted {_LEAST_HZ} to {MOST_HZ:,}: the "
+                "file is damaged, copy or record it again"
+            )
         yield file
 
 

@@ -9,6 +9,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from aum_compress.errors import DataError
 
+MOST_HZ = 1_536_000
+"""Of a rate: twice the fastest audio converters. Filters grow with it, to gigabytes where a header is damaged."""
 ZERO_CROSSINGS = 6
 ROLLOFF = 0.99
 _PHASES_PER_BAND = 32
@@ -31,11 +33,13 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     `torchaudio.functional.resample` (after julius and Smith, "Digital audio resampling"), whose float64 result this
     equals to 1e-6 for samples within +-1. Working memory beside input and output is a few megabytes at any length.
 
-    Raises DataError when a rate is not a positive whole number of hertz.
+    Raises DataError when a rate is not a positive whole number of hertz, or above `MOST_HZ`.
     """
     for rate in (from_hz, to_hz):
         if rate != int(rate) or rate <= 0:
             raise DataError(f"cannot resample from {from_hz} Hz to {to_hz} Hz: rates must be whole and above zero")
+        if rate > MOST_HZ:
+            raise DataError(f"cannot resample from {from_hz} Hz to {to_hz} Hz: no audio has a rate above {MOST_HZ} Hz")
     samples = np.asarray(samples, dtype=np.float32)
     if from_hz == to_hz or samples.shape[-1] == 0:
         return samples
