@@ -36,6 +36,7 @@ from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.exporting import ExportOptions, export_bundle
 from aum_compress.packs import PACK, Pack, PackCard, is_pack, read_pack
 from aum_compress.publish import file_name, gated_precision, torch_models
+from aum_compress.quantising import require_judging_clips
 from aum_compress.recipe import dump_recipe
 from aum_compress.recipe_schema import Recipe
 from aum_compress.stages import fine_tune, quantise
@@ -51,7 +52,7 @@ def device_names(space: Workspace) -> list[str]:
 
     Raises:
         RecipeError: a name that no training clip has; a device without validation clips where these choose an epoch.
-        DataError: no clip with a device, or a name that cannot name a folder.
+        DataError: no clip with a device, a name that cannot name a folder, or no clips for `quantize.search`.
     """
     section, index = space.recipe.devices, space.parts.index
     heard = sorted(filter(None, index.seen_devices))
@@ -65,11 +66,18 @@ def device_names(space: Workspace) -> list[str]:
         raise RecipeError("devices: no training clip says which device recorded it; leave the section out")
     require_device_names(names, "devices")
     judged = {clip.device for clip in index.validation}
-    if section.finetune.keep == "best" and (lacking := [name for name in names if name not in judged]):
-        raise RecipeError(
-            f"devices.finetune.keep: best is chosen on validation clips, and there are none of {', '.join(lacking)}; "
-            "set keep: last, raise data.validation_fraction, or leave them out of devices.names"
-        )
+    lacking = [name for name in names if name not in judged]
+    quantize = space.recipe.quantize if ships_quantised(space.recipe) else None
+    trainings = {"devices.finetune": section.finetune, "quantize.train": quantize and quantize.train}
+    for place, config in trainings.items():
+        if config and config.keep == "best" and lacking:
+            raise RecipeError(
+                f"{place}.keep: best is chosen on validation clips, and there are none of {', '.join(lacking)}; "
+                "set keep: last, raise data.validation_fraction, or leave them out of devices.names"
+            )
+    if quantize and quantize.search:
+        for name in names:
+            require_judging_clips(space.for_device(name), quantize)
     return names
 
 

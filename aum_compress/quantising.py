@@ -30,27 +30,43 @@ def calibration(space: Workspace, section: QuantizeSection) -> list[Tensor]:
     return list(torch.from_numpy(space.normalised("train", section.calibration_clips)).split(BATCH))
 
 
-def judging_clips(space: Workspace, section: QuantizeSection, count: int) -> Judge:
+def judging_clips(space: Workspace, section: QuantizeSection, count: int, *, calibrating: bool = False) -> Judge:
     """At most `count` validation clips or, where there are none, training clips that calibrate nothing.
+
+    Args:
+        calibrating: where neither are there, take those that calibrate: they do for a figure that chooses nothing.
 
     Raises:
         DataError: neither are there.
     """
-    part = "validation" if len(space.parts.validation) else "train"
-    cached = getattr(space.parts, part)
-    rows = np.arange(len(cached))
-    if part == "train":
-        rows = np.setdiff1d(rows, space.spread(len(cached), section.calibration_clips))
-    if not len(rows):
-        raise DataError(
-            f"quantize: no clip to judge on: there are no validation clips, and all {len(cached)} training clips "
-            "calibrate. Lower quantize.calibration_clips, or set data.validation_fraction above 0"
-        )
+    part, rows = _judging(space, section)
+    if not len(rows) and calibrating:
+        part, rows = "calibration", space.spread(len(space.parts.train), section.calibration_clips)
+    elif not len(rows):
+        require_judging_clips(space, section)
+    cached = space.parts.validation if part == "validation" else space.parts.train
     rows = rows[space.spread(len(rows), count)]
     features = ((cached[rows] - space.spec.mean) / space.spec.std).astype(np.float32)[:, None]
     number = {label: place for place, label in enumerate(space.labels)}
     targets = np.array([number[cached.clips[row].label] for row in rows])
     return Judge(part, torch.from_numpy(features), partial(_accuracy, targets=targets))
+
+
+def require_judging_clips(space: Workspace, section: QuantizeSection) -> None:
+    """Raises DataError where `judging_clips` finds none."""
+    if not len(_judging(space, section)[1]):
+        raise DataError(
+            f"quantize: no clip to judge on: there are no validation clips, and all {len(space.parts.train)} training "
+            "clips calibrate. Lower quantize.calibration_clips, or set data.validation_fraction above 0"
+        )
+
+
+def _judging(space: Workspace, section: QuantizeSection) -> tuple[str, np.ndarray]:
+    """Part and rows of the clips that may judge."""
+    if len(space.parts.validation):
+        return "validation", np.arange(len(space.parts.validation))
+    n_clips = len(space.parts.train)
+    return "train", np.setdiff1d(np.arange(n_clips), space.spread(n_clips, section.calibration_clips))
 
 
 def _accuracy(logits: np.ndarray, targets: np.ndarray) -> float:

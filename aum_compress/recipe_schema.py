@@ -263,8 +263,8 @@ class QuantizeSection(Section):
     train: TrainConfig | None = None
     """Quantisation-aware training, from the calibrated model on, with the loss of `distill` where the recipe has that
     section. Batch normalisation is folded before it."""
-    frozen_epochs: Annotated[int, Field(ge=0)] = 4
-    """Epochs at the end of that training in which ranges stay as they are."""
+    frozen_epochs: Annotated[int, Field(ge=0)] | None = None
+    """Epochs at the end of that training in which ranges stay as they are; a fifth of them when left out."""
 
     @property
     def precision(self) -> QuantisedPrecision:
@@ -273,6 +273,24 @@ class QuantizeSection(Section):
             return "mixed"
         bits = {WEIGHT_BITS[storage] for storage in (self.weights, *self.layers.values()) if storage != "fp16"}
         return {(8,): "int8", (4,): "int4"}.get(tuple(bits), "mixed")
+
+    @model_validator(mode="after")
+    def _ranges_move(self) -> "QuantizeSection":
+        if self.frozen_epochs is None:
+            return self
+        if self.train is None:
+            raise ValueError("frozen_epochs: of the training that `train` describes; add that section or leave it out")
+        if self.frozen_epochs >= self.train.epochs:
+            raise ValueError(
+                f"frozen_epochs: {self.frozen_epochs} of {self.train.epochs} epochs, in which no range would move; "
+                "wanted fewer, or leave it out"
+            )
+        return self
+
+    @property
+    def last_epochs(self) -> int:
+        """Those of `train` in which ranges stay as they are."""
+        return self.train.epochs // 5 if self.frozen_epochs is None else self.frozen_epochs
 
 
 class DevicesSection(Section):

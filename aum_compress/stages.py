@@ -22,7 +22,7 @@ from aum_compress.models.checkpoints import load_published, read_published, stat
 from aum_compress.models.config import AudioMambaConfig, CPMobileConfig
 from aum_compress.models.factory import Model, build_model, folded_config
 from aum_compress.models.fake_quantized import converted
-from aum_compress.quantising import calibration, judging_clips, searched
+from aum_compress.quantising import calibration, judging_clips, require_judging_clips, searched
 from aum_compress.recipe_schema import ModelSection, TrainConfig
 from aum_compress.teaching import Teacher, teacher_targets
 from aum_compress.train.distributed import ALONE
@@ -101,12 +101,12 @@ def quantise(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundl
         if section.train:
             logits = teacher_targets(space, teachers, section.train, workers)[0] if teachers else None
             result = fit_stage(
-                space, fake, section.train, work_dir, "quantize", logits, frozen_epochs=section.frozen_epochs
+                space, fake, section.train, work_dir, "quantize", logits, frozen_epochs=section.last_epochs
             )
             metrics["validation_accuracy"] = result.validation_accuracy
             notes |= {"kept_epoch": result.kept_epoch, "history": result.history}
         quantized = converted(fake)
-        judge = judging_clips(space, section, JUDGED_CLIPS)
+        judge = judging_clips(space, section, JUDGED_CLIPS, calibrating=True)
         metrics[f"{judge.part}_sqnr_db"] = signal_to_noise_db(judge.logits(model), judge.logits(quantized))
         notes |= {"calibration_clips": sum(map(len, clips)), "saturating_pairs": saturating_pairs(quantized)}
         return Made(quantized, metrics, notes, section.precision)
@@ -122,10 +122,11 @@ def quantise(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundl
 
 
 def check_quantisation(space: Workspace) -> None:
-    """Whether the names in the recipe's `quantize` are layers of the model that it trains: before any training.
+    """Whether the names in the recipe's `quantize` are layers of the model that it trains, and whether its search has
+    clips to judge on: before any training.
 
     Raises:
-        AumError: one that is not.
+        AumError: a name that is no layer. DataError: no clips.
     """
     recipe = space.recipe
     if recipe.quantize is None:
@@ -133,6 +134,8 @@ def check_quantisation(space: Workspace) -> None:
     config = resolve(space, getattr(recipe, recipe.prune.start if recipe.prune else "student"))
     with torch.random.fork_rng(devices=[]):
         layer_storages(build_model(folded_config(config)), recipe.quantize)
+    if recipe.quantize.search:
+        require_judging_clips(space, recipe.quantize)
 
 
 def fine_tune(space: Workspace, parent: Bundle, teachers: list[Teacher], logits: Callable[[], Tensor]) -> Bundle:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ from tiny_recipe import TRAIN, command, raw_recipe, recipe, write_recipe
 
 from aum_compress.bundle import read_bundle
 from aum_compress.device_names import GENERAL
+from aum_compress.devices import device_names
 from aum_compress.errors import BudgetExceeded, BundleError, DataError, RecipeError
 from aum_compress.packs import PACK, read_pack
 from aum_compress.pipeline import run
 from aum_compress.recipe import validate_recipe
 from aum_compress.recipe_schema import DevicesSection
 from aum_compress.submission import package as writing
+from aum_compress.workspace import Workspace
 
 DEVICES = {"finetune": TRAIN | {"learning_rate": 3e-3}}
 HEARD = ["a", "b", "s1"]
@@ -183,6 +186,18 @@ def test_devices_without_validation_clips_are_named(finished, tmp_path):
     with pytest.raises(RecipeError, match=r"devices\.finetune\.keep: best is chosen on validation clips"):
         recipe(finished.tree, **changes, devices=DEVICES)
     recipe(finished.tree, **changes, devices={"finetune": last})
+
+
+def test_a_device_without_validation_clips_cannot_choose_an_epoch_of_its_quantisation_either(finished, tmp_path):
+    last = DEVICES["finetune"] | {"keep": "last"}
+    quantize = raw_recipe(finished.tree)["quantize"] | {"train": TRAIN}
+    space = Workspace(recipe(finished.tree, devices={"finetune": last}, quantize=quantize), tmp_path)
+    assert device_names(space) == HEARD
+    index = space.parts.index
+    others = tuple(clip for clip in index.validation if clip.device != "b")
+    space.parts = replace(space.parts, index=replace(index, validation=others))
+    with pytest.raises(RecipeError, match=r"quantize\.train\.keep: best is chosen .* there are none of b; set keep"):
+        device_names(space)
 
 
 def test_names_from_the_data_cannot_lead_out_of_the_folder(finished, tmp_path):

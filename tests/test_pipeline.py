@@ -199,6 +199,21 @@ def test_road_without_validation_clips(tree, tmp_path):
     assert (outcome.folder / "report.html").is_file()
 
 
+def test_so_few_clips_that_all_calibrate(tree, copied):
+    """The SQNR is then that of the clips that calibrate; a search has nothing to judge on, which is said at once."""
+    last = TRAIN | {"keep": "last"}
+    sections = {"data": raw_recipe(tree)["data"] | {"validation_fraction": 0}}
+    sections |= {"quantize": {"calibration_clips": 10_000}}
+    sections |= dict.fromkeys(("reference", "teacher", "distill", "prune", "export", "verify"))
+    sections |= {"student": raw_recipe(tree)["student"] | {"train": last}}
+    searching = sections | {"quantize": sections["quantize"] | {"search": {"max_drop": 1.0}}}
+    with pytest.raises(DataError, match=r"quantize: no clip to judge on: .* all \d+ training clips calibrate"):
+        run(recipe(tree, name="few", **searching), copied)
+    assert not list((copied / "runs" / "few").rglob("bundle.json"))
+    outcome = run(recipe(tree, name="few", **sections), copied)
+    assert outcome.bundles["quantize"].card.metrics["calibration_sqnr_db"] > 10
+
+
 def test_bundle_as_teacher(tree, copied, tmp_path):
     teacher = str(copied / "runs" / "tiny" / "02-teacher")
     other = recipe(

@@ -1,4 +1,5 @@
-"""The same computation in fewer bytes and nodes: an int8 layer is one node, and nothing is said that is so by default.
+"""The same computation in fewer bytes and nodes: an int8 layer is one node, what passes between nodes has short names,
+and nothing is said that is so by default.
 
 Written out, an int8 layer is five nodes: QuantizeLinear and DequantizeLinear of its input, DequantizeLinear of its
 weight, Cast of its bias, and the layer; a convolution has four more, which round its bias. Their names and those of the
@@ -9,6 +10,7 @@ it, and fuse what they fused before.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 import onnx
 from onnx import defs, helper
@@ -89,6 +91,7 @@ def compact(proto: onnx.ModelProto) -> None:
     for function in proto.functions:
         for node in function.node:
             _drop_defaults(node, opset)
+    _shorten(proto.graph)
     if wrapped and SCAN_DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(SCAN_DOMAIN, SCAN_VERSION))
 
@@ -114,6 +117,19 @@ def _is_default(node: onnx.NodeProto, attribute: onnx.AttributeProto, defaults: 
     ones = attribute.name in ("strides", "dilations") and set(value) == {1}
     zeros = attribute.name == "pads" and set(value) == {0}
     return node.op_type == "Conv" and (ones or zeros or attribute.name == "kernel_shape")
+
+
+def _shorten(graph: onnx.GraphProto) -> None:
+    """Numbers for the values between nodes, and no name for what only widens a stored tensor: with a name a tensor, it
+    would be said three times. Nodes, tensors, inputs and outputs keep their names."""
+    kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    numbers = (name for number in count() if (name := f"v{number}") not in kept)
+    short = {name: next(numbers) for node in graph.node for name in node.output if name and name not in kept}
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [short.get(name, name) for name in names]
+        if node.op_type == "Cast":
+            node.ClearField("name")
 
 
 def _wrap_int8_layers(graph: onnx.GraphProto) -> set[str]:
