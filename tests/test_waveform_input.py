@@ -1,6 +1,7 @@
 """Files with the front-end inside: what they are, that they are proved, and what proof finds wrong."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -140,9 +141,26 @@ def test_one_changed_mel_weight_fails(precision, tmp_path):
 
     altered(path, change)
     for against in (reference(precision), None):
-        found = failures(verify_onnx(path, against))
+        found = failures(verify_onnx(path, against, waveforms=NOISE))
         assert "an error of" in found["front-end, noise"]
+        assert re.fullmatch(
+            r"an error of 0\.00\d+ in the logarithm, at most 0\.001\d* wanted", found["front-end, recordings"]
+        )
         assert "silence" not in " ".join(found)
+
+
+@pytest.mark.parametrize("rate_hz", [None, 48_000])
+def test_tones_and_offsets_in_recordings_are_no_fault_of_the_file(rate_hz, tmp_path):
+    """Beside them float32 holds quiet cells no better than to its rounding."""
+    rate = rate_hz or 8000
+    times = np.arange(rate // 2) / rate
+    tones = [np.sin(2 * np.pi * hz * times) for hz in (50, 440.3, 1000, 3000.7)]
+    offsets = 0.3 + 0.1 * np.random.default_rng(2).uniform(-1, 1, (2, rate // 2)) * [[1], [1e-3]]
+    recordings = np.concatenate([tones, np.sign(tones), offsets]).astype(np.float32)
+    verification = verify_onnx(written_waveform(tmp_path, "fp32", input_rate_hz=rate_hz), waveforms=recordings)
+    heard = [check for check in verification.checks if check.name == "front-end, recordings"]
+    assert len(heard) == 2
+    assert all(check.passed for check in heard), "\n".join(verification.lines())
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,14 @@ from aum_compress.export.metadata import OnnxMetadata
 from aum_compress.export.runtime import run_session
 from aum_compress.export.verification import Check
 
-BROADBAND, TONAL = 1e-3, 0.05
-"""Largest error of a feature, as a natural logarithm of mel power. Beside a pure tone of full scale there are cells 100
-dB below it, where every float32 transform, torch's too, has but rounding noise."""
+BROADBAND = 1e-3
+"""Largest error of a feature, as a natural logarithm of mel power."""
+ROUNDING = 2.0**-20
+"""What float32 leaves in every cell, as a share of the amplitude of a tone as loud as the clip's peak; allowed besides
+where a clip may hold such a tone: another 1e-3 in cells 60 dB below it, 0.01 in those 80 dB below."""
+# Measured with DCASE's front-end, smaller ones and kaldi, from their own rate, 44.1 and 48 kHz: 72 real recordings err
+# by up to 8e-3, 0.03 where they are driven into clipping, sines of full scale by 0.03; never by more than 0.6 of what
+# is allowed there and, with DCASE's, beyond 1e-3 only in cells 60 dB and more below the loudest of their frame.
 _KALDI_BROADBAND = 5e-3
 """Kaldi adds nothing to the power before its logarithm, so chance brings some cells close to nothing in noise too."""
 NOISE_BESIDE_TONES = ("square wave", "constant")
@@ -69,19 +74,29 @@ def front_end_checks(
     """
     for name, samples in waveforms.items():
         broadband = _KALDI_BROADBAND if kind_of(metadata.front_end) == KALDI else BROADBAND
-        limit = TONAL if name in _TONES else broadband
+        limit = _beside_tones(samples, wanted[name], metadata) if name in _TONES else np.asarray(broadband)
         for optimised, session in sessions.items():
             found = run_session(session, samples)
             yield _compare(name, found, wanted[name], limit, metadata.std, optimised)
 
 
-def _compare(name: str, found: np.ndarray, wanted: np.ndarray, limit: float, std: float, optimised: bool) -> Check:
+def _beside_tones(samples: np.ndarray, wanted: np.ndarray, metadata: OnnxMetadata) -> np.ndarray:
+    """Largest error of each cell (B,1,F,T) of clips that may hold tones."""
+    loudest = np.abs(samples).max(1) * metadata.front_end["window_samples"] / 4  # of a tone in a Hann window's spectrum
+    amplitude = np.exp((wanted * metadata.std + metadata.mean) / 2)
+    return BROADBAND + ROUNDING * loudest[:, None, None, None] / amplitude
+
+
+def _compare(name: str, found: np.ndarray, wanted: np.ndarray, limit: np.ndarray, std: float, optimised: bool) -> Check:
+    """Features in units of `std` against `limit`, of each cell or of all."""
     title = f"front-end, {name}"
     if found.shape != wanted.shape:
         reason = f"features of shape {found.shape}, wanted {wanted.shape}"
         return Check(title, False, reason, optimised, len(wanted))
     if bad := int((~np.isfinite(found)).sum()):
         return Check(title, False, f"{bad} of {found.size} features are NaN or infinite", optimised, len(wanted))
-    error = float(np.abs(found - wanted).max()) * std
-    reason = "" if error <= limit else f"an error of {error:.3g} in the logarithm, at most {limit:g} wanted"
-    return Check(title, not reason, reason, optimised, len(wanted), error)
+    errors = np.abs(found - wanted) * std
+    place = np.unravel_index((errors / limit).argmax(), errors.shape)
+    error, most = float(errors[place]), float(np.broadcast_to(limit, errors.shape)[place])
+    reason = "" if error <= most else f"an error of {error:.3g} in the logarithm, at most {most:.3g} wanted"
+    return Check(title, not reason, reason, optimised, len(wanted), float(errors.max()))
