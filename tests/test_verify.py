@@ -239,6 +239,18 @@ def test_without_anything_to_compare_with_the_verdict_says_so(tmp_path):
     verification = verify_onnx(written(tmp_path, "fp16"))
     assert verification.passed
     assert verification.reference == "itself (neither a reference nor golden logits were there)"
+    assert verification.lines()[0] == (
+        "model-fp16.onnx (fp16): CONSISTENT in all 16 checks; nothing shows whether its model is right: "
+        "give --reference BUNDLE"
+    )
+    assert (verification.to_dict()["verdict"], verification.to_dict()["passed"]) == ("consistent", True)
+    verification.enforce()
+    proved = verify_onnx(written(tmp_path, "fp16"), reference("fp16"))
+    assert (proved.verdict, "PASSED of" in proved.lines()[0]) == ("passed", True)
+    alter(tmp_path / "model-fp16.onnx", set_weight("head.bias", put_nan))
+    failed = verify_onnx(tmp_path / "model-fp16.onnx")
+    assert failed.to_dict()["verdict"] == "failed"
+    assert " of 16 checks against itself" in failed.lines()[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF\x24\x00\x00\x00WAVEfmt ", b"import torch\n", b"\x00" * 64])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,8 @@ _EXACT_DB = 300.0
 
 RECORDED = ("golden", "clips", "waveform, recordings")
 """Names of inputs that are recordings, or made like them."""
+ITSELF = "itself (neither a reference nor golden logits were there)"
+"""What values were compared with where there was nothing else: no proof of any model."""
 FEW_RECORDINGS = 200
 """Of fewer, a single one between two classes would be too large a share."""
 
@@ -111,7 +113,7 @@ class Verification:
     path: Path
     precision: Precision
     reference: str
-    """What values were compared with, in words."""
+    """What values were compared with, in words; `ITSELF` where there was nothing."""
     checks: tuple[Check, ...]
     warnings: tuple[str, ...] = ()
 
@@ -119,6 +121,13 @@ class Verification:
     def passed(self) -> bool:
         """No check failed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def verdict(self) -> Literal["passed", "consistent", "failed"]:
+        """`consistent` where no check failed, but none could show whether the model is the right one."""
+        if not self.passed:
+            return "failed"
+        return "consistent" if self.reference == ITSELF else "passed"
 
     @property
     def max_abs_error(self) -> float | None:
@@ -131,6 +140,7 @@ class Verification:
             "file": self.path.name,
             "precision": self.precision,
             "reference": self.reference,
+            "verdict": self.verdict,
             "passed": self.passed,
             "max_abs_error": self.max_abs_error,
             "checks": [asdict(check) for check in self.checks],
@@ -139,10 +149,15 @@ class Verification:
 
     def lines(self) -> list[str]:
         """The verdict, then one line a check, then warnings."""
-        failed = sum(not check.passed for check in self.checks)
-        verdict = "PASSED" if self.passed else f"FAILED in {failed}"
+        count, failed = len(self.checks), sum(not check.passed for check in self.checks)
+        unproved = "nothing shows whether its model is right: give --reference BUNDLE"
+        verdict = {
+            "passed": f"PASSED of {count} checks against {self.reference}",
+            "consistent": f"CONSISTENT in all {count} checks; {unproved}",
+            "failed": f"FAILED in {failed} of {count} checks against {self.reference}",
+        }[self.verdict]
         return [
-            f"{self.path.name} ({self.precision}): {verdict} of {len(self.checks)} checks against {self.reference}",
+            f"{self.path.name} ({self.precision}): {verdict}",
             *(f"  {check.line()}" for check in self.checks),
             *(f"  note {warning}" for warning in self.warnings),
         ]

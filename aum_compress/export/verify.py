@@ -15,7 +15,7 @@ from aum_compress.bundle import GOLDEN
 from aum_compress.export.metadata import WAVEFORM
 from aum_compress.export.onnx_file import load_onnx
 from aum_compress.export.runtime import open_session, read_metadata, run_session
-from aum_compress.export.verification import TOLERANCES, Check, Tolerance, Verification, compare, finding
+from aum_compress.export.verification import ITSELF, TOLERANCES, Check, Tolerance, Verification, compare, finding
 from aum_compress.export.verify_inputs import Golden, read_golden, stress_inputs
 from aum_compress.export.verify_structure import (
     check_card,
@@ -116,7 +116,7 @@ def verify_onnx(
     return Verification(
         path,
         metadata.precision,
-        " and ".join(against) or "itself (neither a reference nor golden logits were there)",
+        " and ".join(against) or ITSELF,
         tuple(checks),
         tuple(saturation_notes(checks)),
     )
