@@ -118,7 +118,10 @@ app.command()(export)
 def verify(
     target: Annotated[Path, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="An exported bundle or one file.")],
     reference: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="The model that the file must be equal to.")
+        list[Path] | None,
+        typer.Option(
+            metavar="BUNDLE", help="The model that files must be equal to; once for float and once for quantised ones."
+        ),
     ] = None,
     wav: Annotated[list[Path] | None, typer.Option(help="Recordings to compare on as well; repeatable.")] = None,
     data: Annotated[
@@ -131,11 +134,11 @@ def verify(
     """Prove that an ONNX file computes what it should. Exit code 4 when it does not."""
     from aum_compress.verifying import verify_target
 
-    results = verify_target(target, reference, wav or [], data, settings or [])
+    results, not_judged = verify_target(target, reference or [], wav or [], data, settings or [])
     if as_json:
-        print_json([result.to_dict() for result in results])
+        print_json([result.to_dict() for result in (*results, *not_judged)])
     else:
-        for line in (line for result in results for line in result.lines()):
+        for line in (line for result in (*results, *not_judged) for line in result.lines()):
             say(line)
     for result in results:
         result.enforce()

@@ -107,6 +107,46 @@ def test_verify_holds_the_accuracy_on_labelled_clips(runs, exports, recipe, tmp_
     assert "--data" in message("verify", path, "--data", recipe)
 
 
+def test_a_reference_judges_the_files_of_a_folder_that_it_can(runs, exports):
+    words = ("verify", exports, "--reference", runs / "05-prune")
+    found = record(*words)
+    float_files = [f"model-{precision}{reads}.onnx" for precision in ("fp16", "fp32") for reads in ("-waveform", "")]
+    assert [item["file"] for item in found if item["verdict"] == "passed"] == float_files
+    assert all(item["reference"] == "the torch model and golden logits" for item in found if item["passed"])
+    others = [item for item in found if item["verdict"] == "not judged"]
+    assert [item["file"] for item in others] == ["model-int8-waveform.onnx", "model-int8.onnx"]
+    assert all(item.keys() == found[0].keys() and item["passed"] is None for item in others)
+    text = answer(*words)
+    assert text.count("PASSED") == 4
+    assert "model-int8.onnx (int8): not judged: no reference holds int8; give the bundle" in text
+
+
+def test_references_of_each_kind_judge_a_whole_folder_on_clips_too(runs, exports, finished):
+    references = ("--reference", runs / "06-quantize", "--reference", runs / "05-prune")
+    found = record("verify", exports, *references, "--data", finished.tree)
+    assert [item["verdict"] for item in found] == ["passed"] * 6
+    accuracies = [item["checks"][-1] for item in found]
+    assert {check["name"] for check in accuracies} == {f"accuracy on {finished.tree.name}"}
+    assert len({check["reference_accuracy"] for check in accuracies[:4]}) == 1
+    assert len({check["reference_accuracy"] for check in accuracies[4:]}) == 1
+    twice = message("verify", exports, "--reference", runs / "05-prune", "--reference", runs / "04-distill")
+    assert f"04-distill: holds fp32, and files of it are judged by {runs / '05-prune'} already" in twice
+
+
+def test_a_wrong_file_of_a_folder_is_exit_4_whatever_is_not_judged(runs, copied):
+    exports = copied / "exports" / "tiny"
+    altered(exports / "model-fp32.onnx", exports / "model-fp32.onnx")
+    card = json.loads((exports / "bundle.json").read_text())
+    card["files"]["model-fp32.onnx"] = file_sha256(exports / "model-fp32.onnx")
+    (exports / "bundle.json").write_text(json.dumps(card))
+    found = record("verify", exports, "--reference", runs / "05-prune", code=4)
+    assert [(item["file"], item["verdict"]) for item in found if item["verdict"] != "passed"] == [
+        ("model-fp32.onnx", "failed"),
+        ("model-int8-waveform.onnx", "not judged"),
+        ("model-int8.onnx", "not judged"),
+    ]
+
+
 def test_verify_says_what_it_cannot_judge(runs, exports):
     assert "holds no ONNX file; aum-compress export" in message("verify", runs / "05-prune")
     wrong = message("verify", exports / "model-int8.onnx", "--reference", runs / "05-prune")

@@ -171,6 +171,34 @@ class Verification:
             )
 
 
+@dataclass(frozen=True)
+class NotJudged:
+    """A file of a precision that no reference holds."""
+
+    path: Path
+    precision: Precision
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values under the keys of `Verification.to_dict`."""
+        return {
+            "file": self.path.name,
+            "precision": self.precision,
+            "reference": None,
+            "verdict": "not judged",
+            "passed": None,
+            "max_abs_error": None,
+            "checks": [],
+            "warnings": [],
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"{self.path.name} ({self.precision}): not judged: no reference holds {self.precision}; "
+            "give the bundle that it was exported from too, --reference BUNDLE"
+        ]
+
+
 def finding(name: str, problems: list[str]) -> Check:
     """A check without figures: passed when there are no problems."""
     return Check(name, not problems, "; ".join(problems[:5]) + (f"; {len(problems) - 5} more" if problems[5:] else ""))
