@@ -21,6 +21,7 @@ from aum_compress.compress.prune_plan import (
     CHOICES,
     Cost,
     Costing,
+    RatioPlan,
     Room,
     fewest_blocks,
     floors_behind,
@@ -35,7 +36,7 @@ from aum_compress.console import log, progress
 from aum_compress.errors import RecipeError
 from aum_compress.models.audio_mamba import AudioMamba
 from aum_compress.models.config import AudioMambaConfig
-from aum_compress.recipe_schema import Recipe, TrainConfig
+from aum_compress.recipe_schema import PruneSection, Recipe, TrainConfig
 from aum_compress.stages import fit_stage, made_by, resolve
 from aum_compress.teaching import Teacher, teacher_targets
 from aum_compress.train.distributed import Ranks
@@ -62,9 +63,28 @@ def check_pruning(space: Workspace) -> None:
         if not section.to_budget:
             raise RecipeError(f"prune.dimensions: names {', '.join(absent)}, and the {section.start} has none")
         log(f"prune: the {section.start} has no {', '.join(absent)} that could give way")
+    plan = _Plan(space, config)
     if section.to_budget:
-        plan = _Plan(space, config)
         require_reachable(config, plan.room(config), plan.costing, plan.limits)
+    else:
+        _require_removable(config, plan.by_ratio, section)
+
+
+def _require_removable(config: AudioMambaConfig, plan: RatioPlan, section: PruneSection) -> None:
+    """Something of every dimension named; of a stem's two kinds, the one that stays as it is is told."""
+    goes = plan.removable(config, section.steps)
+    how = f"ratio {section.ratio:g} in multiples of {section.round_to}"
+    for name in section.dimensions:
+        kinds = [kind for kind in CHOICES[name] if kind in plan.kinds]
+        places = [d for d in dimensions(config) if d.kind in kinds]
+        if not goes & set(kinds):
+            raise RecipeError(
+                f"prune: {how} removes nothing from {name} {[d.size * d.width for d in places]}. "
+                "Raise prune.ratio or prune.max_block_ratio, or lower prune.round_to"
+            )
+        for kind in kinds:
+            if kind not in goes and (sizes := [d.size * d.width for d in places if d.kind == kind]):
+                log(f"prune: {kind} {sizes} stay as they are: {how} removes nothing from them")
 
 
 def prune(space: Workspace, parent: Bundle, teachers: list[Teacher]) -> Bundle:
@@ -118,6 +138,7 @@ class _Plan:
 
     def __init__(self, space: Workspace, config: AudioMambaConfig) -> None:
         self.section = space.recipe.prune
+        self.by_ratio = None if self.section.to_budget else RatioPlan(config, self.section)
         self.costing = costing(space.recipe, space.spec.clip_seconds)
         self.limits = target_limits(space.limits)
         self.floors = share_floors(config, self.section.max_block_ratio)
@@ -129,9 +150,13 @@ class _Plan:
         return room(config, kinds_of(section.dimensions), section.round_to, self.floors, self.fewest_blocks)
 
     def is_done(self, config: AudioMambaConfig, done: int) -> bool:
-        return self.costing(config).within(self.limits) if self.section.to_budget else done >= self.steps
+        if self.by_ratio is not None:
+            return done >= self.steps or not self.by_ratio.removable(config, self.steps)
+        return self.costing(config).within(self.limits)
 
     def follow(self, choice: Choice) -> None:
+        if self.by_ratio is not None:
+            self.by_ratio.follow(choice.kept)
         self.floors = floors_behind(self.floors, choice.kept)
 
     def choose(self, model: AudioMamba, losses: "TrainingLosses", done: int) -> Choice:
@@ -139,16 +164,11 @@ class _Plan:
         section = self.section
         gpu = torch.cuda.is_available() and section.finetune.accelerator != "cpu"
         model = copy.deepcopy(model).to("cuda" if gpu else "cpu")
-        if not section.to_budget:
+        if self.by_ratio is not None:
+            steps = range(done + 1, self.steps + 1)  # one whose share is too small for a multiple is passed over
+            step = next(step for step in steps if self.by_ratio.removable(model.config, step))
             return choose_by_ratio(
-                *(model, losses),
-                importance=section.importance,
-                names=section.dimensions,
-                ratio=1 - (1 - section.ratio) ** (1 / self.steps),
-                round_to=section.round_to,
-                floors=self.floors,
-                fewest_blocks=self.fewest_blocks,
-                costing=self.costing,
+                *(model, losses), importance=section.importance, plan=self.by_ratio, step=step, costing=self.costing
             )
         now = self.costing(model.config)
         with progress(f"prune: what each dimension is worth, step {done + 1}") as reporter:

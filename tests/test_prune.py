@@ -11,16 +11,18 @@ from tiny import SPEC, aum_config, features, student_config, trained_like
 
 from aum_compress.budget.records import Limits
 from aum_compress.compress.prune import apply_choice, choose_by_budget, choose_by_ratio, mean_loss, try_ratios
-from aum_compress.compress.prune_dimensions import dimensions
+from aum_compress.compress.prune_dimensions import dimensions, resized
 from aum_compress.compress.prune_importance import member_scores, unit_scores
 from aum_compress.compress.prune_plan import (
     CHOICES,
     Cost,
     Costing,
+    RatioPlan,
     fewest_blocks,
     room,
     share_floors,
 )
+from aum_compress.compress.prune_sizes import share_sizes
 from aum_compress.compress.prune_slice import slice_model
 from aum_compress.errors import AumError
 from aum_compress.models.config import BlockConfig, ConvBlockConfig, ConvStage, ConvStem, Mamba2BlockConfig
@@ -39,16 +41,11 @@ def squares(model):
 
 
 def by_ratio(model, ratio=0.5, names=("d_inner",), importance="taylor", round_to=4, largest_share=0.75):
-    choice = choose_by_ratio(
-        *(model, squares),
-        importance=importance,
-        names=names,
-        ratio=ratio,
-        round_to=round_to,
-        floors=share_floors(model.config, largest_share),
-        fewest_blocks=1,
-        costing=COSTING,
+    section = PruneSection(
+        ratio=ratio, dimensions=names, round_to=round_to, max_block_ratio=largest_share, finetune=TrainConfig(epochs=1)
     )
+    plan = RatioPlan(model.config, section)
+    choice = choose_by_ratio(model, squares, importance=importance, plan=plan, step=1, costing=COSTING)
     return apply_choice(model, choice), choice
 
 
@@ -225,11 +222,56 @@ def test_by_ratio_a_step_counts_what_earlier_steps_have_taken():
 
 
 def test_a_step_that_removes_nothing_is_an_error():
-    with pytest.raises(AumError, match=r"ratio 0.01 removed nothing from d_inner \[24, 32\] in multiples of 8"):
+    with pytest.raises(AumError, match="this step would remove nothing"):
         by_ratio(trained_like(student_config()), 0.01, round_to=8)
-    convolutions = student_config().model_copy(update={"blocks": (ConvBlockConfig(d_inner=8, d_conv=3),) * 2})
-    with pytest.raises(AumError, match="names d_state, and the model has none"):
-        by_ratio(trained_like(convolutions), names=("d_inner", "d_state"))
+
+
+def planned(config, **section):
+    return RatioPlan(config, PruneSection(finetune=TrainConfig(epochs=1), **section))
+
+
+def steps_by(plan, config, steps):
+    """The configurations that random importances lead to, step by step."""
+    random = np.random.default_rng(0)
+    for step in range(1, steps + 1):
+        sizes = {}
+        for kind, wanted in plan.wanted(config, step).items():
+            places = [d for d in dimensions(config) if d.kind == kind]
+            units = {d.place: np.sort(random.exponential(size=d.size)) for d in places}
+            sizes |= share_sizes(places, units, wanted, plan.section.round_to, plan.floors, plan.fewest_blocks)
+        config = resized(config, sizes)
+        plan.follow({place: range(size) for place, size in sizes.items()})
+        yield config
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_rounding_in_each_step_does_not_add_up(steps):
+    """Of d_state 8, half in two steps is 4: the first one makes 6 of it, by rounding, and the second has that to do."""
+    config = student_config(widths=(64, 48)).model_copy(update={"d_model": 64})
+    blocks = tuple(block.model_copy(update={"d_state": 8}) for block in config.blocks)
+    config = config.model_copy(update={"blocks": blocks})
+    plan = planned(config, ratio=0.5, steps=steps, round_to=8, dimensions=("d_state", "d_inner", "d_model"))
+    *_, last = steps_by(plan, config, steps)
+    assert sum(block.d_state for block in last.blocks) == 8
+    assert sum(block.d_inner for block in last.blocks) == 56
+    assert last.d_model == 32
+
+
+def test_blocks_that_have_gone_are_no_share_of_widths():
+    config = student_config(widths=(64, 64))
+    plan = planned(config, ratio=0.5, steps=2, round_to=8, dimensions=("blocks", "d_inner"))
+    first, last = steps_by(plan, config, 2)
+    assert len(first.blocks) == 1, "nearer to 1.4 of 2 than both"
+    assert [block.d_inner for block in last.blocks] == [32]
+    assert plan.removable(last, 2) == set()
+
+
+def test_a_share_too_small_for_a_multiple_is_known_before():
+    config = student_config(widths=(24, 32))
+    assert planned(config, ratio=0.01, steps=1).removable(config, 1) == set()
+    many = planned(config, ratio=0.3, steps=5, round_to=16)
+    assert many.removable(config, 1) == set()
+    assert many.removable(config, 5) == {"d_inner"}
 
 
 # --- to the budget

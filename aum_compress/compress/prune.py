@@ -15,7 +15,7 @@ import torch
 
 from aum_compress.compress.prune_dimensions import Dimension, dimensions, resized
 from aum_compress.compress.prune_importance import Importance, Losses, best_members, member_scores, unit_scores
-from aum_compress.compress.prune_plan import CHOICES, Cost, Costing, Room
+from aum_compress.compress.prune_plan import SINGLE, Cost, Costing, RatioPlan, Room
 from aum_compress.compress.prune_sizes import expected_losses, plan_sizes, share_sizes
 from aum_compress.compress.prune_slice import merge_ranks_, slice_model
 from aum_compress.errors import AumError
@@ -79,45 +79,30 @@ def choose_by_budget(
 
 
 def choose_by_ratio(
-    model: AudioMamba,
-    losses: Losses,
-    *,
-    importance: Importance,
-    names: Sequence[str],
-    ratio: float,
-    round_to: int,
-    floors: Mapping[str, int],
-    fewest_blocks: int,
-    costing: Costing,
+    model: AudioMamba, losses: Losses, *, importance: Importance, plan: RatioPlan, step: int, costing: Costing
 ) -> Choice:
-    """About `ratio` of each kind of dimension named, its members ranked over all blocks together.
-
-    Args:
-        floors: place -> smallest size, `share_floors` of the model that pruning began with.
+    """What `plan` takes of each kind of dimension in this step, the members ranked over all blocks together.
 
     Raises:
-        AumError: a kind that the model does not have, or of which nothing would go.
+        AumError: nothing would go.
     """
     merge_ranks_(model)
     sizes: dict[str, int] = {}
     scores: dict[str, np.ndarray] = {}
     known: dict[str, Dimension] = {}
-    for name in names:
-        # of Mamba-2, whole heads: a ratio of both heads and their channels would be taken twice
-        kinds = [kind for kind in CHOICES[name] if kind != "head_dim"]
-        for kind in kinds:
-            places = [d for d in dimensions(model.config) if d.kind == kind]
-            known |= {d.place: d for d in places}
-            own = _scores(model, places, importance, losses)
-            scores |= own
-            if kind in ("blocks", "directions"):
-                units = _left_out(model, places, losses)
-            else:
-                units = {d.place: unit_scores(d, _comparable(own[d.place], importance)) for d in places}
-            if places:
-                sizes |= share_sizes(places, units, ratio, round_to, floors, fewest_blocks)
-        if not any(known[place].kind in kinds for place in sizes):
-            raise AumError(_nothing_removed(name, [d for d in known.values() if d.kind in kinds], ratio, round_to))
+    removable = plan.removable(model.config, step)
+    for kind, wanted in plan.wanted(model.config, step).items():
+        if kind not in removable:
+            continue
+        places = [d for d in dimensions(model.config) if d.kind == kind]
+        known |= {d.place: d for d in places}
+        own = _scores(model, places, importance, losses)
+        scores |= own
+        if kind in SINGLE:
+            units = _left_out(model, places, losses)
+        else:
+            units = {d.place: unit_scores(d, _comparable(own[d.place], importance)) for d in places}
+        sizes |= share_sizes(places, units, wanted, plan.section.round_to, plan.floors, plan.fewest_blocks)
     return _choice(model, known, scores, sizes, {}, costing)
 
 
@@ -249,16 +234,6 @@ def totals(config: AudioMambaConfig) -> Counter[str]:
             found[dimension.kind] += dimension.size * dimension.width
     scans = sum(len(block.scans) for block in config.blocks if isinstance(block, BlockConfig))
     return found + Counter({"directions": scans, "blocks": len(config.blocks)})
-
-
-def _nothing_removed(name: str, places: Sequence[Dimension], ratio: float, round_to: int) -> str:
-    if not places:
-        return f"prune.dimensions: names {name}, and the model has none; leave it out"
-    sizes = [d.size * d.width for d in places]
-    return (
-        f"prune: ratio {ratio:g} removed nothing from {name} {sizes} in multiples of {round_to}. "
-        "Raise prune.ratio or prune.max_block_ratio, or lower prune.steps or prune.round_to"
-    )
 
 
 def _rounded(value: Any) -> Any:

@@ -17,9 +17,11 @@ from aum_compress.compress.quantize import storages_by
 from aum_compress.errors import AumError, BudgetExceeded
 from aum_compress.models.config import AudioMambaConfig
 from aum_compress.models.factory import folded_config
-from aum_compress.recipe_schema import QuantizeSection
+from aum_compress.recipe_schema import PruneSection, QuantizeSection
 
 STATE_MULTIPLE = 2
+SINGLE = ("blocks", "directions")
+"""Kinds of which each is one member that stays or goes."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "d_inner": ("d_inner", "head_dim"),
     "d_model": ("d_model",),
@@ -162,6 +164,69 @@ def fewest_members(dimension: Dimension, floors: Mapping[str, int]) -> int:
 
 def fewest_blocks(config: AudioMambaConfig, largest_share: float) -> int:
     return max(1, math.ceil(len(config.blocks) * (1 - largest_share) - 1e-9))
+
+
+def smallest_size(dimension: Dimension, round_to: int, floors: Mapping[str, int]) -> int:
+    """The least multiple with which `floors` hold, or its own size where that is less."""
+    multiple = multiple_of(dimension, round_to)
+    least = max(dimension.smallest, fewest_members(dimension, floors))
+    return min(dimension.size, math.ceil(least / multiple) * multiple)
+
+
+class RatioPlan:
+    """What pruning by a ratio leaves of each kind of dimension, step by step.
+
+    Each step leaves (1 - ratio)^(step/steps) of what the model that pruning began with had, whatever rounding made of
+    the steps before. Of blocks that have gone nothing counts.
+    """
+
+    def __init__(self, config: AudioMambaConfig, section: PruneSection) -> None:
+        self.section = section
+        self.floors = share_floors(config, section.max_block_ratio)
+        self.fewest_blocks = fewest_blocks(config, section.max_block_ratio)
+        self.n_blocks = len(config.blocks)
+        self.whole = {d.place: d.size * d.width for d in dimensions(config)}
+        # of Mamba-2, whole heads: a ratio of both heads and their channels would be taken twice
+        self.kinds = [kind for kind in kinds_of(section.dimensions) if kind != "head_dim"]
+
+    def follow(self, kept: Mapping[str, Sequence[int]]) -> None:
+        """Blocks behind one that went have moved up."""
+        self.floors, self.whole = floors_behind(self.floors, kept), floors_behind(self.whole, kept)
+
+    def wanted(self, config: AudioMambaConfig, step: int) -> dict[str, float]:
+        """Kind -> channels, blocks or directions that are still to go by the end of the `step`-th step, the first 1."""
+        share = (1 - self.section.ratio) ** (step / self.section.steps)
+        found = {}
+        for kind in self.kinds:
+            places = [d for d in dimensions(config) if d.kind == kind]
+            now = len(places) if kind in SINGLE else sum(d.size * d.width for d in places)
+            whole = sum(self.whole.get(d.place, d.size * d.width) for d in places)
+            if kind == "blocks":
+                whole = self.n_blocks
+            elif kind == "directions":
+                whole = sum(place.endswith(".directions") for place in self.whole)
+            found[kind] = now - share * whole
+        return found
+
+    def removable(self, config: AudioMambaConfig, step: int) -> set[str]:
+        """Kinds of which something goes in that step: there is room, and it is nearer to the goal."""
+        wanted = self.wanted(config, step)
+        found = set()
+        for d in dimensions(config):
+            if d.kind not in wanted:
+                continue
+            least = 1 if d.kind in SINGLE else self._least_loss(d)
+            spare = d.kind != "blocks" or len(config.blocks) > self.fewest_blocks
+            if least and spare and wanted[d.kind] >= least / 2:
+                found.add(d.kind)
+        return found
+
+    def _least_loss(self, dimension: Dimension) -> int:
+        """Channels that go with the next smaller multiple; 0 where there is none."""
+        multiple = multiple_of(dimension, self.section.round_to)
+        smaller = (dimension.size - 1) // multiple * multiple
+        room = smaller >= smallest_size(dimension, self.section.round_to, self.floors)
+        return (dimension.size - smaller) * dimension.width if room else 0
 
 
 def multiple_of(dimension: Dimension, round_to: int) -> int:

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from aum_compress.compress.prune_dimensions import Dimension, resized
-from aum_compress.compress.prune_plan import Cost, Costing, Room, fewest_members, least_sizes, multiple_of
+from aum_compress.compress.prune_plan import (
+    SINGLE,
+    Cost,
+    Costing,
+    Room,
+    least_sizes,
+    multiple_of,
+    smallest_size,
+)
 from aum_compress.errors import BudgetExceeded
 from aum_compress.models.config import AudioMambaConfig
 
@@ -125,38 +133,49 @@ def expected_losses(units: np.ndarray, tried: int, measured: float, least: float
 def share_sizes(
     places: Sequence[Dimension],
     units: Mapping[str, np.ndarray],
-    ratio: float,
+    wanted: float,
     round_to: int,
     floors: Mapping[str, int],
     fewest: int,
 ) -> dict[str, int]:
-    """Sizes with which about `ratio` of dimensions of one kind is gone, their units ranked over all of them together.
+    """Sizes with which about `wanted` channels (blocks, directions) of one kind are gone, the units ranked over all
+    dimensions of that kind together: to the nearest multiple where there is room for it.
 
     Args:
         units: place -> ascending scores, comparable between places. floors: as `room`. fewest: blocks that have to
             stay.
     """
-    kind = places[0].kind
-    single = kind in ("blocks", "directions")  # one unit each
-    floor = {d.place: max(1, fewest_members(d, floors)) for d in places}
+    if not places or wanted <= 0:
+        return {}
+    single = places[0].kind in SINGLE
+    multiples = {d.place: 1 if single else multiple_of(d, round_to) for d in places}
+    floor = {d.place: 1 if single else smallest_size(d, round_to, floors) for d in places}
     limit = {d.place: 1 if single else max(0, d.size - floor[d.place]) for d in places}
     # a head of Mamba-2 is as many channels as it is wide
     pool = sorted((float(units[d.place][n]) / d.width, d.place, d.width) for d in places for n in range(limit[d.place]))
-    wanted = ratio * sum(1 if single else d.size * d.width for d in places)
-    if kind == "blocks":
+    if places[0].kind == "blocks":
         wanted = min(wanted, len(places) - fewest)
-    gone = dict.fromkeys(limit, 0)
+    gone, left = dict.fromkeys(limit, 0), wanted
     for _, place, width in pool:
-        if wanted < width / 2:  # nearer to the ratio without it
+        if left < width / 2:  # nearer to the ratio without it
             break
         gone[place] += 1
-        wanted -= width
+        left -= width
+    if single:
+        return {d.place: d.size - 1 for d in places if gone[d.place]}
     sizes = {}
-    for dimension in places:
-        multiple = 1 if single else multiple_of(dimension, round_to)
-        size = round((dimension.size - gone[dimension.place]) / multiple) * multiple
-        if not single:  # rounding must not go below what may be left, nor to nothing
-            size = min(dimension.size, max(size, math.ceil(floor[dimension.place] / multiple) * multiple))
-        if size < dimension.size:
-            sizes[dimension.place] = size
-    return sizes
+    for d in places:
+        rounded = round((d.size - gone[d.place]) / multiples[d.place]) * multiples[d.place]
+        sizes[d.place] = min(d.size, max(rounded, floor[d.place]))
+    while True:  # what rounding has left is taken where most of it was to go
+        missing = wanted - sum((d.size - sizes[d.place]) * d.width for d in places)
+        smaller = {d.place: (sizes[d.place] - 1) // multiples[d.place] * multiples[d.place] for d in places}
+        able = [
+            d
+            for d in places
+            if smaller[d.place] >= floor[d.place] and missing >= (sizes[d.place] - smaller[d.place]) * d.width / 2
+        ]
+        if not able:
+            return {d.place: sizes[d.place] for d in places if sizes[d.place] < d.size}
+        most = max(able, key=lambda d: gone[d.place] - (d.size - sizes[d.place]))
+        sizes[most.place] = smaller[most.place]
