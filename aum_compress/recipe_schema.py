@@ -276,11 +276,7 @@ class QuantizeSection(Section):
 
     @model_validator(mode="after")
     def _ranges_move(self) -> "QuantizeSection":
-        if self.frozen_epochs is None:
-            return self
-        if self.train is None:
-            raise ValueError("frozen_epochs: of the training that `train` describes; add that section or leave it out")
-        if self.frozen_epochs >= self.train.epochs:
+        if self.train is not None and self.frozen_epochs is not None and self.frozen_epochs >= self.train.epochs:
             raise ValueError(
                 f"frozen_epochs: {self.frozen_epochs} of {self.train.epochs} epochs, in which no range would move; "
                 "wanted fewer, or leave it out"

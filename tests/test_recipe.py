@@ -115,7 +115,6 @@ def test_pruning_says_all_its_defaults(minimal):
             "quantize.train.activation_checkpointing: a block that is computed again would move the ranges",
         ),
         (["prune={ratio: 0.8, finetune: {epochs: 1}}"], "ratio: 0.8 is above max_block_ratio, 0.75: raise that one"),
-        (["quantize={frozen_epochs: 4}"], "frozen_epochs: of the training that `train` describes"),
         (["quantize={frozen_epochs: 4, train: {epochs: 4}}"], "4 of 4 epochs, in which no range would move"),
         (["prune={to_budget: true, ratio: 0.2, finetune: {epochs: 1}}"], "ratio: has no part in pruning to the budget"),
         (["prune={dimensions: [d_state, d_state], finetune: {epochs: 1}}"], "d_state, d_state: each is named once"),
