@@ -141,13 +141,18 @@ def _distilled(fold: Benchmark, network: dict[str, Any] = STUDENT) -> dict[str, 
     return {"student": network, "distill": fold.distillation()}
 
 
+def learning_int8(fold: Benchmark, epochs: int) -> dict[str, Any]:
+    """Quantisation-aware training: as the student was trained, for fewer epochs at a tenth of the rate."""
+    train = fold.training()
+    return train | {"epochs": epochs, "learning_rate": train["learning_rate"] / 10, "warmup_epochs": 1}
+
+
 def _learnt_int8(fold: Benchmark, config: str) -> dict[str, Any]:
-    """The student that `config` has trained, its int8 learnt: half as many epochs at a tenth of the rate."""
-    train, name = fold.training(), fold.name(config)
-    fewer = {"epochs": fold.arguments.epochs // 2, "learning_rate": train["learning_rate"] / 10, "warmup_epochs": 1}
+    """The student that `config` has trained, its int8 learnt in half as many epochs."""
+    name = fold.name(config)
     return CONFIGS[config][1](fold) | {
         "name": name,
-        "quantize": QUANTIZE | {"train": train | fewer},
+        "quantize": QUANTIZE | {"train": learning_int8(fold, fold.arguments.epochs // 2)},
         "export": EXPORT | {"name": f"{name}-learnt-int8"},
     }
 

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from esc10_mobile import CONFIGS, Benchmark, add_training_arguments, append, measure, parsed, read, require_teachers
+from esc10_mobile import (
+    CONFIGS,
+    Benchmark,
+    add_training_arguments,
+    append,
+    learning_int8,
+    measure,
+    parsed,
+    read,
+    require_teachers,
+)
 
 from aum_compress import __version__
 from aum_compress.data.cache import cache_index
@@ -41,18 +51,12 @@ VARIANTS = ("post-training", "trained", "mixed")
 """Recipes; the first one also writes fp32 and fp16."""
 
 
-def training(fold: Benchmark, epochs: int) -> dict[str, Any]:
-    """Quantisation-aware: as the student was trained, for fewer epochs at a tenth of the rate."""
-    train = fold.training()
-    return train | {"epochs": epochs, "learning_rate": 0.1 * train["learning_rate"], "warmup_epochs": 1}
-
-
 def sections(fold: Benchmark, variant: str, mixed_bytes: int) -> dict[str, Any]:
     """`quantize` and `export` of a variant."""
     quantize: dict[str, Any] = dict(CALIBRATION)
     precisions = ["fp32", "fp16", "int8"] if variant == "post-training" else ["int8"]
     if variant != "post-training":
-        quantize["train"] = training(fold, fold.arguments.quantize_epochs)
+        quantize["train"] = learning_int8(fold, fold.arguments.quantize_epochs)
     if variant == "mixed":
         quantize["search"] = {"max_param_bytes": mixed_bytes}
         precisions = ["mixed"]
