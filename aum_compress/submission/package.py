@@ -26,7 +26,6 @@ import soundfile
 import yaml
 
 import aum_compress
-from aum_compress import __version__
 from aum_compress.budget.dcase import submission_complexity
 from aum_compress.budget.pack import PackReport, enforce_pack, pack_report
 from aum_compress.budget.records import BudgetReport, Limits
@@ -38,6 +37,7 @@ from aum_compress.submission import texts
 from aum_compress.submission.checkpoint import checkpoint_bytes, part_budget, part_of, require_alike
 from aum_compress.submission.inference import Submission, get_model_for_device, load_model
 from aum_compress.submission.meta import meta_information
+from aum_compress.submission.record import Costs, Record, read_record, write_record
 from aum_compress.submission.results import TestResults, test_results, write_output
 from aum_compress.submission.selfcheck import check_package
 from aum_compress.submission.sources import vendored_sources
@@ -49,7 +49,6 @@ SCENES = (
     *("street_traffic", "tram"),
 )
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_]*_task1")
-_RECORD = "package.json"
 _DUMMY_RATE_HZ = 44_100
 
 
@@ -173,10 +172,10 @@ def _start(place: Path, beside: Path, label: str) -> None:
     sources = vendored_sources(label)
     shutil.rmtree(beside, ignore_errors=True)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        found = _read_record(place, label)
-        if found["sources_sha256"] != _sources_sha256(sources):
+        found = read_record(place, label)
+        if found.sources_sha256 != _sources_sha256(sources):
             raise BundleError(
-                f"{place}: was written by another version of aum-compress ({found['aum_compress']}), and systems of "
+                f"{place}: was written by another version of aum-compress ({found.aum_compress}), and systems of "
                 "one package share their code; write all its systems anew, into a new folder"
             )
         shutil.copytree(place, beside)
@@ -192,21 +191,7 @@ def _start(place: Path, beside: Path, label: str) -> None:
         (inner / package / "__init__.py").write_bytes(b"")
     (beside / "setup.py").write_text(texts.setup(label), encoding="utf-8")
     (beside / "requirements.txt").write_text(texts.requirements(), encoding="utf-8")
-    record = {"label": label, "aum_compress": __version__, "sources_sha256": _sources_sha256(sources), "systems": {}}
-    _write_json(inner / _RECORD, record)
-
-
-def _read_record(place: Path, label: str) -> dict[str, Any]:
-    path = place / label / _RECORD
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        systems = {int(index): system for index, system in found["systems"].items()}
-        return {**found, "systems": systems, "sources_sha256": str(found["sources_sha256"])}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise BundleError(
-            f"{place}: holds something other than a package of {label}, which would be lost; wanted a new or empty "
-            "folder, or that package. Name another folder with --to, or move away what is there"
-        ) from None
+    write_record(beside, Record(label=label, sources_sha256=_sources_sha256(sources)))
 
 
 def _record(
@@ -217,28 +202,25 @@ def _record(
     submission: Submission,
 ) -> None:
     """package.json with this system in it, and the README that lists all."""
-    found = _read_record(beside, packing.label)
     shape = (1, *submission.spec.feature_shape)
     official = {
         device: submission_complexity(get_model_for_device(submission, device), shape)
         for device in submission.model.names
     }
-    found["systems"][packing.index] = {
-        device: {
-            "bundle_sha256": bundle.sha256,
-            "param_bytes": reports[device].param_bytes,
-            "macs": reports[device].macs,
-            "dcase_bytes": official[device][1],
-            "dcase_macs": official[device][0],
-        }
+    models = {
+        device: Costs(
+            bundle_sha256=bundle.sha256,
+            param_bytes=reports[device].param_bytes,
+            macs=reports[device].macs,
+            dcase_bytes=official[device][1],
+            dcase_macs=official[device][0],
+        )
         for device, bundle in bundles.items()
     }
-    name = f"{packing.label}_{packing.index}"
-    found["checkpoints"] = found.get("checkpoints", {}) | {
-        name: file_sha256(beside / packing.label / "ckpts" / f"{name}.safetensors")
-    }
-    _write_json(beside / packing.label / _RECORD, found)
-    text = texts.readme(packing.label, found["systems"], bundles[GENERAL].card.labels)
+    checkpoint = beside / packing.label / "ckpts" / f"{packing.label}_{packing.index}.safetensors"
+    found = read_record(beside, packing.label).joined(packing.index, models, file_sha256(checkpoint))
+    write_record(beside, found)
+    text = texts.readme(packing.label, found.systems, bundles[GENERAL].card.labels)
     (beside / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from aum_compress import __version__
+from aum_compress.submission.record import Costs
 
 _RUNS_ON = ("torch>=2.11,<2.14", "numpy>=1.26", "pydantic>=2.7,<3", "safetensors>=0.4.5", "soundfile>=0.12.1")
 _SCRIPTS_NEED = ("torchinfo==1.8.0", "pandas>=2", "scikit-learn>=1.4")
@@ -84,14 +85,14 @@ def get_model_for_device(model: torch.nn.Module, device_id: str) -> torch.nn.Mod
 '''
 
 
-def readme(label: str, systems: Mapping[int, Mapping[str, Mapping[str, int]]], labels: Sequence[str]) -> str:
+def readme(label: str, systems: Mapping[int, Mapping[str, Costs]], labels: Sequence[str]) -> str:
     """README.md.
 
     Args: systems: index -> name of each of its models -> its costs, as package.json holds them.
     """
     rows = [
-        f"| {label}_{index} | {name} | {costs['dcase_bytes']:,} | {costs['param_bytes']:,} | {costs['dcase_macs']:,} | "
-        f"{costs['macs']:,} |"
+        f"| {label}_{index} | {name} | {costs.dcase_bytes:,} | {costs.param_bytes:,} | {costs.dcase_macs:,} | "
+        f"{costs.macs:,} |"
         for index, models in sorted(systems.items())
         for name, costs in models.items()
     ]
