@@ -1,6 +1,7 @@
 """Finding, reading and writing recipes: one typed YAML file from audio to a verified model. Torch-free."""
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -15,6 +16,10 @@ from aum_compress.recipe_schema import Recipe
 
 _KINDS = ("tau", "folders", "synth", "patch", "conv", "log_mel", "kaldi")
 """Values of `kind`: pydantic names the alternative that it tried as if it were a key."""
+_MOST_VALUES = 100_000
+"""In a YAML file, each `&anchor` written out: nine lines of ten anchors each would be a billion."""
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""PyYAML's own, and those that its constructors of dates and of tags such as `!!int` let through."""
 
 
 def recipes_folder() -> Path:
@@ -52,18 +57,43 @@ def recipe_head(path: Path) -> list[str]:
     return head
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain values alone.
+
+    Raises:
+        RecipeError: not readable, not YAML, or with anchors that name themselves or are too many when written out.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        count = _values_in(found, {})
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except _YAML_ERRORS as error:
+        raise RecipeError(f"{path}: is not YAML: {error}") from None
+    if count > _MOST_VALUES:
+        how = f"hold {count:,} values when written out" if count < math.inf else "hold themselves"
+        raise RecipeError(f"{path}: its &anchors {how}; wanted at most {_MOST_VALUES:,} values")
+    return found
+
+
+def _values_in(value: Any, known: dict[int, float]) -> float:
+    """How many values there are in one, shared ones counted each time; infinite where it is in itself."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_values_in(each, known) for each in inside)
+    return known[id(value)]
+
+
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Reads and validates a recipe with `section.key=value` settings applied.
 
     Raises:
         RecipeError: not readable, not YAML, or not valid; all problems at once, each with its place.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not YAML: {error}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: wanted sections (data:, student:, ...), found {type(raw).__name__}")
     raw = _unshared(raw)
@@ -113,7 +143,7 @@ def _apply_setting(raw: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting}: wanted section.key=value, e.g. --set distill.train.epochs=10")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise RecipeError(f"--set {setting}: the value is not YAML: {error}") from None
     *sections, last = key.split(".")
     place: Any = raw

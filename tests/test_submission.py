@@ -326,8 +326,8 @@ def test_meta_values_that_the_template_does_not_have_are_named(runs, tmp_path, m
     for text, wanted in (
         ("submission: {nam: x}", "meta.yaml: submission: the template has no nam there"),
         ("submission: 3", "meta.yaml: submission: found 3, wanted keys among label, name"),
-        ("submission: {", "cannot be read as YAML"),
-        ("!!python/object/apply:os.system [ls]", "cannot be read as YAML"),
+        ("submission: {", "meta.yaml: is not YAML"),
+        ("!!python/object/apply:os.system [ls]", "meta.yaml: is not YAML"),
     ):
         (tmp_path / "meta.yaml").write_text(text)
         assert wanted in message(*words)

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from aum_compress.audio.config import KaldiConfig
 from aum_compress.bundle import RECIPE, Bundle
 from aum_compress.errors import RecipeError
 from aum_compress.models.config import AudioMambaConfig, ConvStem, CPMobileConfig
-from aum_compress.recipe import load_recipe
+from aum_compress.recipe import load_recipe, read_yaml
 from aum_compress.recipe_schema import Recipe
 
 _PERSON = {
@@ -83,13 +81,7 @@ def meta_information(
         },
         "results": {"development_dataset": dict(results) or None},
     }
-    if given is None:
-        return meta
-    try:
-        values = yaml.safe_load(given.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{given}: cannot be read as YAML: {error}") from None
-    return _replaced(meta, values, str(given))
+    return meta if given is None else _replaced(meta, read_yaml(given), str(given))
 
 
 def _replaced(old: Any, new: Any, place: str) -> Any:
