@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from aum_compress.budget.latency import estimated_ms
 from aum_compress.bundle import CARD, RECIPE, Bundle, now, read_bundle
-from aum_compress.errors import AumError
+from aum_compress.errors import AumError, BundleError, RecipeError
 from aum_compress.models.config import AudioMambaConfig
+from aum_compress.recipe import read_yaml
 from aum_compress.report.comparison import COMPARISON_SCHEMA, ComparedModel, Comparison
 from aum_compress.report.schema import Report
 from aum_compress.report.verdict import shipped_step
@@ -61,14 +62,24 @@ def _from_report(place: Path, report: Report) -> ComparedModel:
 
 def _from_bundle(place: Path, bundle: Bundle) -> ComparedModel:
     card = bundle.card
-    test, budget = card.metrics.get("test"), card.budget
-    if test is None or budget is None:
+    if card.metrics.get("test") is None or card.budget is None:
         raise AumError(
             f"{place / CARD}: says nothing of accuracy or budget; name the bundle of a stage, or a run's folder"
         )
+    kind = _data_kind(bundle)
+    try:
+        return TypeAdapter(ComparedModel).validate_python(_of_card(place, bundle, kind), strict=True)
+    except (LookupError, TypeError, AttributeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(
+            f"{place / CARD}: its metrics or budget are not those that a stage writes: {reason}; make the bundle again"
+        ) from None
+
+
+def _of_card(place: Path, bundle: Bundle, kind: str) -> dict[str, Any]:
+    card, budget = bundle.card, bundle.card.budget
     ms = estimated_ms(card.model) if isinstance(card.model, AudioMambaConfig) else None
-    limits = budget["limits"]
-    step: Any = {
+    step = {
         "stage": card.stage,
         "title": card.stage,
         "measured_with": "torch",
@@ -80,7 +91,7 @@ def _from_bundle(place: Path, bundle: Bundle) -> ComparedModel:
         "latency_is": "estimated" if ms else None,
         "within_budget": budget["verdict"] == "within",
         "validation_accuracy": card.metrics.get("validation_accuracy"),
-        "test": test,
+        "test": card.metrics["test"],
     }
     return {
         "name": f"{card.recipe}: {card.stage}",
@@ -88,20 +99,22 @@ def _from_bundle(place: Path, bundle: Bundle) -> ComparedModel:
         "recipe": card.recipe,
         "created": card.created,
         "seed": card.seed,
-        "data_kind": _data_kind(bundle),
+        "data_kind": kind,
         "labels": list(card.labels),
         "step": step,
         "verified": None,
         "layers": budget["layers"],
-        "max_param_bytes": limits.get("max_param_bytes"),
-        "max_macs": limits.get("max_macs"),
+        "max_param_bytes": budget["limits"].get("max_param_bytes"),
+        "max_macs": budget["limits"].get("max_macs"),
     }
 
 
 def _data_kind(bundle: Bundle) -> str:
-    """The recipe that a bundle carries was written, and is checked, by this program."""
+    """Of the recipe that a bundle carries; empty where it has none."""
     path = bundle.path / RECIPE
     if not path.is_file():
         return ""
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return recipe["data"]["kind"]
+    try:
+        return str(read_yaml(path)["data"]["kind"])
+    except (LookupError, TypeError):
+        raise RecipeError(f"{path}: does not say its data.kind: altered; make the bundle again") from None

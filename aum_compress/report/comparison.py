@@ -1,7 +1,9 @@
 """Several models side by side, from whatever runs they are: the same forms as a run's report. Torch-free."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+
+# typing's own TypedDict is checked by pydantic only from Python 3.12 on
+from typing_extensions import TypedDict
 
 from aum_compress.report.confusion import confusion_section
 from aum_compress.report.content import Cell, Section, Table, Verdict, figure, names, numbers, percent
