@@ -65,7 +65,7 @@ def required_operators(files: Sequence[Path]) -> str:
     """Configuration of a reduced build: domain, opset and operators that the `.ort` files run, a line each.
 
     Raises:
-        ModelFileError: no `.ort` files.
+        ModelFileError: no `.ort` files, or one that cannot be read.
     """
     from onnxruntime.tools.ort_format_model import create_config_from_models  # it sets up logging when imported
 
@@ -74,7 +74,15 @@ def required_operators(files: Sequence[Path]) -> str:
         raise ModelFileError("no .ort files to take operators from")
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / CONFIG
-        create_config_from_models(list(files), written, enable_type_reduction=False)
+        for chosen in (*([file] for file in files), list(files)):  # each alone first: who fails is named
+            try:
+                create_config_from_models(chosen, written, enable_type_reduction=False)
+            except Exception as error:  # its reader trusts every offset in a file
+                reason = f"{type(error).__name__}: {error}"[:200]
+                raise ModelFileError(
+                    f"{chosen[0]}: its operators cannot be read ({reason}): damaged, or no file in ORT format; take it "
+                    "away or export it again"
+                ) from None
         lines = [line for line in written.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     return "\n".join((f"# operators of {', '.join(sorted(file.name for file in files))}", *lines)) + "\n"
 

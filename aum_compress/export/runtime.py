@@ -27,7 +27,7 @@ _ORT_ERRORS = (
     ort_errors.InvalidProtobuf,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
-    UnicodeDecodeError,  # names and metadata that are no text
+    ValueError,  # names and metadata that are no text, types of tensors that there are not
 )
 
 
