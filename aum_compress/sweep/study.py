@@ -27,6 +27,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
 
 from aum_compress.bundle import json_sha256
 from aum_compress.console import log
@@ -47,6 +48,8 @@ POLL_SECONDS = 1.0
 
 PLACES = ("root", "device_response_folder", "threads")
 """Keys of a recipe that say where something lies or what a machine has, and may differ between workers."""
+_DAMAGE = (OptunaError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+"""What Optuna, and we, stumble over in a storage that says what no worker has written."""
 
 
 class Taken(NamedTuple):
@@ -119,8 +122,8 @@ class Study:
                     "attempt": trial.user_attrs.get("attempt", 1),
                     "pareto": trial.number in best,
                     "params": trial.params or trial.system_attrs.get("fixed_params", {}),
-                    **Result("failed", reason=trial.user_attrs.get("reason", "")).to_dict(),
-                    **trial.user_attrs.get("result", _unfinished(trial)),
+                    **Result("failed", reason=str(trial.user_attrs.get("reason", ""))).to_dict(),
+                    **(_unfinished(trial) if (found := _result_of(trial)) is None else found.to_dict()),
                 }
                 for trial in self.study.get_trials(deepcopy=False)
                 if not trial.user_attrs.get("came_back")
@@ -157,16 +160,18 @@ class Study:
                 lock.acquire()
             except Timeout:
                 continue
-            attempt = trial.user_attrs.get("attempt", 1)
-            if attempt < MOST_ATTEMPTS:
-                drawn = trial.system_attrs.get("fixed_params") or trial.params
-                self._set(trial.number, "came_back", True)
-                self.study.enqueue_trial(drawn, user_attrs={"attempt": attempt + 1, "again": trial.number})
-                log(f"sweep: trial {trial.number} has lost its worker and is run again")
-            else:
-                self._set(trial.number, "reason", f"has ended its worker {attempt} times")
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            lock.release()
+            try:
+                attempt = trial.user_attrs.get("attempt", 1)
+                if attempt < MOST_ATTEMPTS:
+                    drawn = trial.system_attrs.get("fixed_params") or trial.params
+                    self._set(trial.number, "came_back", True)
+                    self.study.enqueue_trial(drawn, user_attrs={"attempt": attempt + 1, "again": trial.number})
+                    log(f"sweep: trial {trial.number} has lost its worker and is run again")
+                else:
+                    self._set(trial.number, "reason", f"has ended its worker {attempt} times")
+                self.study.tell(trial.number, state=TrialState.FAIL)
+            finally:
+                lock.release()
 
     def _take(self) -> Taken | None:
         for _ in range(MOST_DRAWS):
@@ -205,7 +210,7 @@ class Study:
         try:
             with self.lock:
                 yield
-        except (OptunaError, ValueError, KeyError) as error:
+        except _DAMAGE as error:
             raise AumError(
                 f"{self.sweep.storage}: cannot be used as a study: {type(error).__name__}: {error}; cut short or "
                 "altered? Name a new folder with --study; bundles of finished trials stay where they are"
@@ -221,8 +226,14 @@ def study_places(study: Path) -> tuple[Path, Path]:
 
 def _untrained(trial: FrozenTrial) -> bool:
     """Over budget by count, or values that do not fit together: it cost nothing, and does not count as tried."""
-    result = trial.user_attrs.get("result")
-    return result is not None and result["state"] in ("over", "invalid") and result["validation_accuracy"] is None
+    result = _result_of(trial)
+    return result is not None and result.state in ("over", "invalid") and result.validation_accuracy is None
+
+
+def _result_of(trial: FrozenTrial) -> Result | None:
+    """What came of it; None while nothing has."""
+    found = trial.user_attrs.get("result")
+    return None if found is None else TypeAdapter(Result).validate_python(found)
 
 
 def _unfinished(trial: FrozenTrial) -> dict[str, Any]:
