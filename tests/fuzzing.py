@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +19,30 @@ import yaml
 from audio_trees import noise, write_class_folders, write_tau_tree
 from exported import written
 
+from aum_compress.audio.augment import DeviceResponses
 from aum_compress.audio.reading import audio_info, read_audio
 from aum_compress.budget.check_onnx import check_onnx
-from aum_compress.bundle import CARD, file_sha256, read_bundle
+from aum_compress.bundle import CARD, file_sha256, now, read_bundle
+from aum_compress.comparing import compare_models
 from aum_compress.data.check import check_data
 from aum_compress.data.config import FolderData, TauData
 from aum_compress.data.index import load_index
+from aum_compress.device_names import GENERAL
 from aum_compress.errors import AumError
+from aum_compress.evaluate.subject import Subject
+from aum_compress.export.ort_format import required_operators, write_ort
 from aum_compress.export.runtime import Classifier
 from aum_compress.models.checkpoints import load_published
 from aum_compress.models.factory import build_model
+from aum_compress.packs import PACK, PackCard, read_pack
 from aum_compress.recipe import load_recipe
 from aum_compress.report.write import read_report, report_files
+from aum_compress.submission.meta import meta_information
+from aum_compress.submission.record import Costs, Record, read_record, write_record
+from aum_compress.sweep.space import parse_space, values_of
+from aum_compress.sweep.study import Study, study_places
+from aum_compress.sweep.trial import Result, Sweep
+from aum_compress.sweep.worker import write_summary
 from aum_compress.train.teachers import load_outputs, save_outputs
 
 MOST_BYTES = 400_000
@@ -103,18 +116,14 @@ def targets(folder: Path, bundle: Path, report: Path) -> list[Target]:
     folders = write_class_folders(folder / "sounds", files=3)
     rows = [f"bark/{k}.wav,{k}\nrain/{k}.wav,r{k}\n" for k in range(3)]
     (folders / "groups.csv").write_text("file,group\n" + "".join(rows))
-    found = [*_audio(folder), *_tables(tree, folders), *_bundles(folder, bundle), *_npz(folder)]
-    (folder / "onnx").mkdir()
-    model = written(folder / "onnx", "int8")
-    found.append(Target("onnx, budget", model, check_onnx))
-    found.append(Target("onnx, runtime", model, lambda path: Classifier(path).logits(_features(path))))
+    found = [*_audio(folder), *_tables(tree, folders), *_bundles(folder, bundle), *_npz(folder), *_models(folder)]
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe()))
     found.append(Target("yaml, recipe", recipe, load_recipe))
     shutil.copytree(report, folder / "report")
     written_report = folder / "report" / "report.json"
     found.append(Target("json, report", written_report, lambda path: report_files(read_report(path.parent))))
-    return [*found, _checkpoint(folder)]
+    return [*found, _checkpoint(folder), _pack(folder, report), *_submission(folder), _sweep(folder, recipe)]
 
 
 def _audio(folder: Path) -> list[Target]:
@@ -123,7 +132,15 @@ def _audio(folder: Path) -> list[Target]:
         path = folder / f"{subtype}.{suffix}"
         soundfile.write(path, noise(0, 0.2, 8000), 8000, subtype=subtype)
         found.append(Target(f"{suffix}, {subtype}", path, lambda path: (audio_info(path), read_audio(path, 8000))))
-    return found
+    responses = folder / "responses"
+    responses.mkdir()
+    for name in ("one", "two"):
+        soundfile.write(responses / f"{name}.wav", noise(1, 0.02, 8000), 8000, subtype="FLOAT")
+
+    def hear(path: Path) -> torch.Tensor:
+        return DeviceResponses(path.parent, 16_000)(torch.ones(2, 1600), 1.0, torch.Generator().manual_seed(0))
+
+    return [*found, Target("wav, response", responses / "one.wav", hear)]
 
 
 def _tables(tree: Path, folders: Path) -> list[Target]:
@@ -157,6 +174,8 @@ def _bundles(folder: Path, bundle: Path) -> list[Target]:
 
     return [
         Target("json, card", copy / CARD, load),
+        Target("json, card compared", copy / CARD, lambda path: compare_models([copy])),
+        Target("yaml, recipe compared", copy / "recipe.yaml", lambda path: compare_models([copy]), seal),
         Target("safetensors, bundle", copy / "model.safetensors", load, seal),
         Target("npz, golden", copy / "golden.npz", load, seal),
     ]
@@ -168,6 +187,102 @@ def _npz(folder: Path) -> list[Target]:
     logits = np.random.default_rng(0).normal(size=(1, 12, 2))
     save_outputs(path, ids, sums, labels, logits, embeddings=np.ones((1, 12, 4)))
     return [Target("npz, logits", path, lambda path: load_outputs(path, ids, sums, labels))]
+
+
+def _models(folder: Path) -> list[Target]:
+    (folder / "onnx").mkdir()
+    model = written(folder / "onnx", "int8")
+    ort = model.with_suffix(".ort")
+    write_ort(model, ort)
+
+    def answer(path: Path) -> object:
+        return Classifier(path).logits(np.zeros((1, 1, 32, 17), dtype=np.float32))
+
+    return [
+        Target("onnx, budget", model, check_onnx),
+        Target("onnx, runtime", model, answer),
+        Target("ort, runtime", ort, answer),
+        Target("ort, operators", ort, lambda path: required_operators([path])),
+    ]
+
+
+def _pack(folder: Path, exported: Path) -> Target:
+    """What a pack's card says is held against its bundles, which are as they were."""
+    place = folder / "pack"
+    models = {}
+    for name in (GENERAL, "a"):
+        shutil.copytree(exported, place / name)
+        models[name] = file_sha256(place / name / CARD)
+    rest = {"created": now(), "inputs_sha256": "", "devices": [{"device": "a", "gain": 1.0}], "test": {}}
+    card = PackCard(recipe="tiny", precision="int8", models=models, **rest)
+    (place / PACK).write_text(json.dumps(card.model_dump(mode="json"), indent=1))
+
+    def open_all(path: Path) -> object:
+        pack = read_pack(place)
+        return Subject(place), [pack.onnx_file(name) for name in pack.card.models], pack.model_for("b")
+
+    return Target("json, pack", place / PACK, open_all)
+
+
+def _submission(folder: Path) -> list[Target]:
+    """The record of a package that a second system joins, and what its authors say of themselves."""
+    from aum_compress.submission.texts import readme
+
+    costs = Costs(bundle_sha256="0" * 64, param_bytes=1000, macs=2000, dcase_bytes=1000, dcase_macs=1500)
+    systems = {1: {GENERAL: costs, "a": costs}}
+    place, label = folder / "package", "Doe_XY_task1"
+    (place / label).mkdir(parents=True)
+    record = Record(label=label, sources_sha256="0" * 64, systems=systems, checkpoints={f"{label}_1": "0" * 64})
+    written_record = write_record(place, record)
+    (folder / "meta.yaml").write_text(yaml.safe_dump(_META, sort_keys=False))
+
+    def join(path: Path) -> object:
+        found = read_record(place, label).joined(2, systems[1], "0" * 64)
+        return readme(label, found.systems, ["bus", "tram"])
+
+    def describe(path: Path) -> str:
+        bundles = {GENERAL: read_bundle(folder / "bundle")}
+        return yaml.safe_dump(meta_information(f"{label}_1", bundles, {}, {}, path), allow_unicode=True)
+
+    return [
+        Target("json, package", written_record, join),
+        Target("yaml, meta", folder / "meta.yaml", describe),
+    ]
+
+
+_META = {
+    "submission": {"name": "Tiny", "authors": [{"lastname": "Doe", "corresponding": True}]},
+    "system": {"source_code": "https://example.org", "description": {"external_data_usage": None}},
+    "results": {"development_dataset": {"general": {"overall": {"accuracy": 61.5}}}},
+}
+
+
+def _sweep(folder: Path, recipe: Path) -> Target:
+    """A study with a trial done, one whose worker was killed and some that wait; a worker reads a copy of it."""
+    sweep = Sweep(
+        recipe, (), parse_space(["student.d_model=32,48", "distill.lambda=0.1,0.2"]), *study_places(folder / "study")
+    )
+    result = Result("complete", "", 50.0, 1000, 2000, "bundle")
+    study = Study(sweep)
+    study.finish(study.next(), result)
+    study.next().lock.release()
+    # what differs from one making to the next would have other files drawn
+    journal = re.sub(r'(?<="worker_id":")[^"]+', "worker", sweep.storage.read_text())
+    journal = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+", "2026-01-01T00:00:00.000000", journal)
+    (folder / "study.journal").write_text(journal)
+
+    def work(path: Path) -> object:
+        shutil.copy(path, sweep.storage)
+        study = Study(sweep)
+        if (taken := study.next()) is not None:
+            try:
+                values_of(sweep.space, taken.drawn)
+                study.finish(taken, result)
+            finally:
+                taken.lock.release()
+        return write_summary(sweep, study)
+
+    return Target("journal, sweep", folder / "study.journal", work)
 
 
 def _checkpoint(folder: Path) -> Target:
@@ -187,10 +302,6 @@ def _checkpoint(folder: Path) -> Target:
     path = folder / "published.pth"
     torch.save({"model": build_model(config).state_dict()}, path)
     return Target("zip, checkpoint", path, lambda path: load_published(build_model(config), path))
-
-
-def _features(path: Path) -> np.ndarray:
-    return np.zeros((1, 1, 32, 17), dtype=np.float32)
 
 
 def _recipe() -> dict:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aum_compress.bundle import CARD, GOLDEN, TENSORS, file_sha256, read_bundle
-from aum_compress.errors import BundleError
+from aum_compress.errors import AumError, BundleError, ModelFileError, RecipeError
 
 EXAMPLES = 6
 """Of each reader; an hour's worth is `benchmarks/fuzz.py`."""
@@ -28,10 +28,19 @@ def readers(finished, tmp_path_factory) -> dict[str, Target]:
 
 
 NAMES = (
-    *("wav, PCM_16", "wav, FLOAT", "flac, PCM_16", "ogg, VORBIS"),
+    *("wav, PCM_16", "wav, FLOAT", "flac, PCM_16", "ogg, VORBIS", "wav, response"),
     *("csv, meta", "csv, split", "csv, test list", "csv, groups", "csv, data check"),
-    *("json, card", "safetensors, bundle", "npz, golden", "npz, logits"),
-    *("onnx, budget", "onnx, runtime", "yaml, recipe", "json, report", "zip, checkpoint"),
+    *(
+        "json, card",
+        "json, card compared",
+        "yaml, recipe compared",
+        "safetensors, bundle",
+        "npz, golden",
+        "npz, logits",
+    ),
+    *("onnx, budget", "onnx, runtime", "ort, runtime", "ort, operators"),
+    *("yaml, recipe", "json, report", "zip, checkpoint"),
+    *("json, pack", "json, package", "yaml, meta", "journal, sweep"),
 )
 
 
@@ -123,3 +132,79 @@ def test_a_bundle_does_not_lead_out_of_its_folder(readers, tmp_path):
         (folder / CARD).write_text(valid)
     os.symlink(folder, tmp_path / "bundle")
     assert read_bundle(tmp_path / "bundle").card.kind == "model", "a link to a whole bundle is none"
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("ort, operators", lambda content: content[:1000], "its operators cannot be read"),
+        ("ort, operators", lambda content: b"", "its operators cannot be read"),
+        ("ort, runtime", lambda content: content[:1000], "cannot load it"),
+        ("json, package", lambda content: b"[" * 100_000, "something other than a package"),
+        ("json, package", lambda content: content.replace(b'"dcase_bytes"', b'"bytes"', 1), "other than a package"),
+        ("json, package", lambda content: content.replace(b'"1": {', b'"9": {', 1), "other than a package"),
+        ("json, package", lambda content: content.replace(b"Doe_XY_task1", b"../../task1", 1), "other than a package"),
+        ("json, package", lambda content: content.replace(b'"checkpoints": {', b'"checkpoints": [', 1), "package of"),
+        ("json, pack", lambda content: content.replace(b'"a":', b'"../a":', 1), "cannot name a model's folder"),
+        ("json, card compared", lambda content: content.replace(b'"verdict"', b'"vice"', 1), "metrics or budget are"),
+        ("yaml, recipe compared", lambda content: b"data: []", "does not say its data.kind"),
+        ("yaml, recipe compared", lambda content: b"data: {kind: ", "is not YAML"),
+        ("journal, sweep", lambda content: content.replace(b'"op_code":4', b'"op_code":"4"', 1), "used as a study"),
+        ("journal, sweep", lambda content: content.replace(b'"complete"', b'"done"', 1), "cannot be used as a study"),
+        ("journal, sweep", lambda content: content.replace(b'"result":{', b'"result":1,"r":{', 1), "as a study"),
+    ],
+)
+def test_what_stumbled_over_damage_says_so(readers, name, changed, message):
+    """Found by fuzzing, or beside what it found."""
+    target = readers[name]
+    valid = target.path.read_bytes()
+    assert changed(valid) != valid
+    try:
+        target.path.write_bytes(changed(valid))
+        target.beside(target.path)
+        with pytest.raises(AumError, match=message):
+            target.read(target.path)
+    finally:
+        target.path.write_bytes(valid)
+        target.beside(target.path)
+
+
+def test_a_type_of_tensors_that_there_is_not_is_refused(readers, tmp_path):
+    """Found by fuzzing: onnxruntime says so with an exception of its own kind."""
+    from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.InferenceSession import InferenceSession
+
+    content = bytearray(readers["ort, runtime"].path.read_bytes())
+    tensor = InferenceSession.GetRootAsInferenceSession(content, 0).Model().Graph().Initializers(0)
+    content[tensor._tab.Pos + tensor._tab.Offset(10)] = 138  # its data_type
+    path = tmp_path / "model.ort"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match="cannot load it .*type"):
+        readers["ort, runtime"].read(path)
+
+
+@pytest.mark.parametrize("name", ["yaml, recipe", "yaml, meta"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("submission: " + "[" * 500, "is not YAML"),
+        ("submission: !!int ''", "is not YAML"),
+        ("submission: !!bool maybe", "is not YAML"),
+        ("submission: !!timestamp now", "is not YAML"),
+        ("submission: 2026-13-01", "is not YAML"),
+        ("submission: " + "9" * 5000, "is not YAML"),
+        ("submission: &one {name: *one}", "anchors hold themselves"),
+        (
+            "submission:\n  - &a0 [1]\n" + "".join(f"  - &a{k} [{f'*a{k - 1}, ' * 9}]\n" for k in range(1, 30)),
+            "anchors hold",
+        ),
+    ],
+)
+def test_yaml_that_its_parser_stumbles_over_is_refused(readers, name, text, message):
+    target = readers[name]
+    valid = target.path.read_bytes()
+    try:
+        target.path.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            target.read(target.path)
+    finally:
+        target.path.write_bytes(valid)
