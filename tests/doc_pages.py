@@ -5,7 +5,6 @@ lines that are indented by four.
 """
 
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ _PROGRAM = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:srun )?"
     r"(?:\S*/)?(?:aum-compress|python3?|pip|pytest|torchrun|sbatch|srun|arecord|optuna-dashboard|[\w-]+\.sh)\s"
 )
+_VERB = r"aum-compress\s+(?P<verb>budget\s+plan|data\s+(?:check|split|synth)|[a-z]+)"
+"""Without arguments, the name of a verb rather than a command."""
 _PARTS = re.compile(
     r"^```(?P<language>[^\n]*)\n(?P<block>.*?)^```|(?<!`)`(?P<span>[^`]+)`(?!`)|^ {4}(?P<line>[^\n]+)",
     re.DOTALL | re.MULTILINE,
@@ -58,16 +59,13 @@ def parts(page: str) -> Iterator[Part]:
 
 def is_command(text: str) -> bool:
     """Whether it is a program with arguments; `aum-compress budget` in a sentence is the name of a verb."""
-    if not _PROGRAM.match(text):
-        return False
-    program, *words = shlex.split(text)
-    return program != "aum-compress" or len(words) > 1
+    return bool(_PROGRAM.match(text)) and not re.fullmatch(_VERB, text)
 
 
 def verbs_named(page: str) -> set[str]:
     """Verbs of `aum-compress` that the text names without arguments."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
-    return set(re.findall(r"(?<!`)`aum-compress\s+([\w-]+)`", text))
+    return {" ".join(found["verb"].split()) for found in re.finditer(rf"(?<!`)`{_VERB}`", text)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,8 @@ UNRUN: dict[str, dict[str, Unrun]] = {
         "python benchmarks/latency_model.py --seed 1": Unrun(_HOURS),
     },
     "dcase": {
-        "aum-compress evaluate exports/esc10-mobile --data esc10-mobile": Unrun("wants ESC-50 and impulse responses"),
+        "aum-compress evaluate exports/esc10-edge --data esc10-mobile": Unrun("wants ESC-50 and impulse responses"),
+        "python benchmarks/device_gain.py --config student-edge-distilled": Unrun(_HOURS),
         "aum-compress run RECIPE --until devices": Unrun(_FORM),
     },
     "distillation": {"aum-compress recipes check NAME": Unrun(_FORM)},
@@ -132,6 +131,7 @@ UNRUN: dict[str, dict[str, Unrun]] = {
         "aum-compress predict MODEL - --rate 44100 --hop 0.5": Unrun(_FORM),
         "aum-compress bench MODEL": Unrun(_FORM),
     },
+    "pruning": {"python benchmarks/prune_bar.py": Unrun(_HOURS)},
     "quantisation": {
         "aum-compress recipes check NAME": Unrun(_FORM),
         "python benchmarks/quantize_choices.py runs/quickstart/05-prune": Unrun(_HOURS),

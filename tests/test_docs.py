@@ -187,7 +187,8 @@ def test_every_block_is_run_or_read_or_listed(page):
 def test_commands_are_found_wherever_a_page_has_them(tmp_path, monkeypatch):
     monkeypatch.setattr("doc_pages.DOCS", tmp_path)
     (tmp_path / "new.md").write_text(
-        "Say `aum-compress run\nNAME`; `aum-compress budget` names a verb, `srun` a program.\n\n"
+        "Say `aum-compress run\nNAME`; `aum-compress budget` names a verb, as "
+        "`aum-compress budget plan` does, `srun` a program.\n\n"
         "```\n$ aum-compress budget x \\\n    --json > y  # why\nanswer\n$ sox a b\n```\n\n"
         "    python benchmarks/a.py\n\n```bash\nexport A=b\nsrun aum-compress train x\n```\n"
         "```\naum-compress budget y\n```\n"
@@ -200,7 +201,7 @@ def test_commands_are_found_wherever_a_page_has_them(tmp_path, monkeypatch):
         ["srun aum-compress train x"],
         [],
     ]
-    assert verbs_named("new") == {"budget"}
+    assert verbs_named("new") == {"budget", "budget plan"}
     with pytest.raises(AssertionError, match="aum-compress budget y"):
         test_every_block_is_run_or_read_or_listed("new")
     with pytest.raises(pytest.fail.Exception, match=r"no test can run sox; give the reason in doc_pages\.UNRUN"):
@@ -212,7 +213,7 @@ def test_what_is_not_run_can_be_parsed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TyperCommand, "invoke", lambda command, context: None, raising=False)
     for verb in verbs_named(page):
-        assert command(verb, "--help").exit_code == 0, f"aum-compress {verb}"
+        assert command(*verb.split(), "--help").exit_code == 0, f"aum-compress {verb}"
     for line, unrun in UNRUN.get(page, {}).items():
         assert unrun.why
         for part in re.split(r" && | \| ", unrun.filled_in or line):
