@@ -11,8 +11,6 @@ import platform
 import shutil
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from aum_compress import __version__
+from aum_compress.array_files import read_arrays
 from aum_compress.audio.config import InputSpec
 from aum_compress.errors import BundleError, join_problems
 from aum_compress.models.config import ModelConfig
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CARD, TENSORS, GOLDEN, RECIPE = "bundle.json", "model.safetensors", "golden.npz", "recipe.yaml"
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-"""What numpy and zipfile raise on a damaged file."""
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of golden logits at read time, as a share of the largest: other machines, and other numbers of
 threads, sum in another order, no more."""
@@ -118,12 +115,12 @@ class Bundle:
         """Golden inputs (B,1,F,T) and the logits (B,C) that the bundle's writer computed."""
         path = self._file(GOLDEN)
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return stored["inputs"], stored["logits"]
-        except NPZ_ERRORS as error:
+            stored = read_arrays(path, ("inputs", "logits"))
+        except ValueError as error:
             raise BundleError(
                 f"{path}: cannot be read as golden inputs and logits: {error}; make the bundle again"
             ) from None
+        return stored["inputs"], stored["logits"]
 
     def load_model(self) -> "Model":
         """The model in evaluation mode, rebuilt from configuration and tensors, and proved on the golden inputs.
@@ -134,13 +131,15 @@ class Bundle:
         import torch
 
         from aum_compress.models.factory import build_model
-        from aum_compress.models.quantized import load_stored, swap_in_quantized
+        from aum_compress.models.quantized import load_stored, swap_in_quantized, unfit_layers
 
         model = build_model(self.card.model)
         if unknown := set(self.card.quantized_layers) - {name for name, _ in model.named_modules()}:
             raise BundleError(
                 f"{self.path / CARD}: quantized_layers names {', '.join(sorted(unknown))}, which the model lacks"
             )
+        if unfit := unfit_layers(model, self.card.quantized_layers):
+            raise BundleError(f"{self.path / CARD}: quantized_layers: {'; '.join(unfit)}")
         swap_in_quantized(model, self.card.quantized_layers)
         if problems := load_stored(model, self.tensors()):
             raise BundleError(

@@ -57,19 +57,23 @@ def main() -> None:
             killed += rows[-1]["kills"]
             print(f"{killed} of {arguments.kills}: {rows[-1]}", file=sys.stderr, flush=True)
             shutil.rmtree(place / "killed", ignore_errors=True)
+            _write(arguments.out, rows, len(wanted))  # what is done is not lost if this one is killed itself
+    same = sum(row["same"] for row in rows)
+    print(f"{killed} kills of {len(rows)} runs, all models the same in {same}: {arguments.out}")
+
+
+def _write(out: Path, rows: list[dict[str, Any]], models: int) -> None:
     record = {
         "command": " ".join(["python", "benchmarks/kill_runs.py", *sys.argv[1:]]),
         "machine": machine(),
-        "models": len(wanted),
+        "models": models,
         "kills": sum(row["kills"] for row in rows),
         "ended": len(rows),
         "same_models": sum(row["same"] for row in rows),
         "nothing_left_over": sum(not row["left_over"] for row in rows),
         "runs": rows,
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    same = record["same_models"]
-    print(f"{record['kills']} kills of {len(rows)} runs, all models the same in {same}: {arguments.out}")
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _tiny(place: Path) -> str:

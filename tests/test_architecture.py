@@ -17,7 +17,7 @@ import aum_compress
 PACKAGE = Path(aum_compress.__file__).parent
 ORDER: tuple[set[str], ...] = (
     {"errors"},
-    {"audio", "kernels", "device_names", "processor"},
+    {"audio", "kernels", "device_names", "processor", "array_files"},
     {"models"},
     {"data"},
     {"recipe_checks", "recipe_train"},

@@ -3,8 +3,10 @@
 `benchmarks/fuzz.py` runs as many as one has time for.
 """
 
+import io
 import json
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -63,6 +65,20 @@ def test_a_damaged_file_gives_a_result_or_a_message(readers, name, generator):
     assert survives(target, mutated(target.path.read_bytes(), generator)) is None
 
 
+def archive(flags: int = 0, packed: int = 0, content: bytes = b"\x93NUMPY") -> bytes:
+    """An .npz with the members of golden.npz, in whose headers these stand."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in ("inputs", "logits"):
+            file.writestr(f"{name}.npy", content)
+    found = bytearray(buffer.getvalue())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of each member, and of the directory
+        for start in (match.start() for match in re.finditer(re.escape(mark), bytes(found))):
+            found[start + at] |= flags
+            found[start + at + 2] |= packed
+    return bytes(found)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -72,6 +88,10 @@ def test_a_damaged_file_gives_a_result_or_a_message(readers, name, generator):
         (GOLDEN, b"", "cannot be read as golden inputs"),
         (GOLDEN, b"PK\x03\x04" + bytes(40), "cannot be read as golden inputs"),
         (GOLDEN, b"\x80\x04K\x01.", "cannot be read as golden inputs"),
+        (GOLDEN, archive(flags=1), "is encrypted"),
+        (GOLDEN, archive(flags=32), "compressed patched data"),
+        (GOLDEN, archive(packed=77), "compression method is not supported"),
+        (GOLDEN, archive(content=b"no array"), "inputs, logits: not stored as arrays"),
     ],
 )
 def test_a_file_that_its_card_vouches_for_is_read_with_care(readers, name, content, message):
@@ -208,3 +228,17 @@ def test_yaml_that_its_parser_stumbles_over_is_refused(readers, name, text, mess
             target.read(target.path)
     finally:
         target.path.write_bytes(valid)
+
+
+def test_a_card_cannot_call_an_activation_a_layer(readers):
+    """Found by fuzzing: a storage that fits another kind of module."""
+    target = readers["json, card"]
+    valid = target.path.read_text()
+    card = json.loads(valid)
+    slot = next(name for name, storage in card["quantized_layers"].items() if storage == "uint8")
+    try:
+        target.path.write_text(json.dumps(card | {"quantized_layers": card["quantized_layers"] | {slot: "int8"}}))
+        with pytest.raises(BundleError, match=f"{slot} is a ActivationSlot, which cannot be stored as int8"):
+            target.read(target.path)
+    finally:
+        target.path.write_text(valid)

@@ -160,6 +160,16 @@ def swap_in_quantized(model: nn.Module, layers: NamedStorages) -> None:
         )
 
 
+def unfit_layers(model: nn.Module, layers: NamedStorages) -> list[str]:
+    """Of the named modules of `model` those that cannot be stored so, in words."""
+    problems = []
+    for name, storage in as_storages(layers).items():
+        module = model.get_submodule(name)
+        if not isinstance(module, ActivationSlot if storage == "uint8" else Quantizable):
+            problems.append(f"{name} is a {type(module).__name__}, which cannot be stored as {storage}")
+    return problems
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -11,13 +11,13 @@ The format (`.npz`, no pickle), which anybody may write (docs/distillation.md):
 """
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from aum_compress.array_files import read_arrays
 from aum_compress.data.views import CLEAN
 from aum_compress.errors import DataError, join_problems
 
@@ -121,13 +121,11 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            known = {key: stored[key] for key in (*REQUIRED, "views", "embeddings") if key in (*stored, *REQUIRED)}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        return read_arrays(path, REQUIRED, ("views", "embeddings"))
+    except ValueError as error:
         raise DataError(
             f"{path}: not a teacher logits file ({error}); wanted an .npz with {', '.join(REQUIRED)}"
         ) from None
-    return known
 
 
 def _require_shapes(path: Path, known: dict[str, np.ndarray]) -> None:
