@@ -1,6 +1,6 @@
 """The torch simulation of an int8 model, its exported file as written, and the same file optimised: do they agree?
 
-    python benchmarks/quantize_agreement.py --data DIR [--export exports/esc10-mobile] [--clips 2000]
+    python benchmarks/quantize_agreement.py --data DIR --export BUNDLE [--clips 2000]
 
 DIR is the data set of the export's recipe (ESC10-mobile: what make_esc10_mobile.py writes). Clips are of its test part.
 The simulation is built from the file's own tensors. Wanted: the same class for at least 99.5 % of the clips, and an
@@ -147,7 +147,7 @@ def has_vnni() -> bool | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--export", type=Path, default=Path("exports/esc10-mobile"))
+    parser.add_argument("--export", type=Path, required=True, help="an export with fp32 and int8 files")
     parser.add_argument("--clips", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
