@@ -10,7 +10,7 @@ import typer
 import yaml
 from answers import answer, message, record
 from audio_trees import noise
-from tiny_recipe import command, raw_recipe, tiny_process, write_recipe
+from tiny_recipe import command, raw_recipe, tiny_process
 
 import aum_compress
 from aum_compress.bundle import read_bundle
@@ -21,16 +21,6 @@ STAGES = ("01-reference", "02-teacher", "04-distill", "05-prune", "06-quantize",
 
 
 pytestmark = pytest.mark.usefixtures("cache_of_finished")
-
-
-@pytest.fixture
-def recipe(finished, tmp_path) -> Path:
-    return write_recipe(tmp_path, finished.tree)
-
-
-@pytest.fixture
-def copied(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished.out, tmp_path / "copy"))
 
 
 def verbs(group=None, path: tuple[str, ...] = ()):

@@ -12,7 +12,7 @@ import soundfile
 from answers import answer, message, record
 from audio_trees import noise
 from onnx import numpy_helper
-from tiny_recipe import command, write_recipe
+from tiny_recipe import command
 
 from aum_compress.bundle import file_sha256, read_bundle
 from aum_compress.export.ort_format import operator_names
@@ -22,16 +22,6 @@ STAGES = ("01-reference", "02-teacher", "04-distill", "05-prune", "06-quantize",
 
 
 pytestmark = pytest.mark.usefixtures("cache_of_finished")
-
-
-@pytest.fixture
-def recipe(finished, tmp_path) -> Path:
-    return write_recipe(tmp_path, finished.tree)
-
-
-@pytest.fixture
-def copied(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished.out, tmp_path / "copy"))
 
 
 # --- verify

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ NAMES = (
     *("yaml, recipe", "json, report", "zip, checkpoint"),
     *("json, pack", "json, package", "yaml, meta", "journal, sweep"),
 )
+
+
+@contextmanager
+def damaged(target: Target) -> Iterator[bytes]:
+    """Its valid content, which is there again afterwards."""
+    valid = target.path.read_bytes()
+    try:
+        yield valid
+    finally:
+        target.path.write_bytes(valid)
+        target.beside(target.path)
 
 
 def test_every_reader_is_named(readers):
@@ -97,15 +110,11 @@ def archive(flags: int = 0, packed: int = 0, content: bytes = b"\x93NUMPY") -> b
 def test_a_file_that_its_card_vouches_for_is_read_with_care(readers, name, content, message):
     """Found by fuzzing: whoever damages a file can write its checksum too."""
     target = readers["safetensors, bundle" if name == TENSORS else "npz, golden"]
-    valid = target.path.read_bytes()
-    try:
+    with damaged(target):
         target.path.write_bytes(content)
         target.beside(target.path)
         with pytest.raises(BundleError, match=message):
             target.read(target.path)
-    finally:
-        target.path.write_bytes(valid)
-        target.beside(target.path)
 
 
 def test_golden_arrays_of_other_shapes_are_refused(readers):
@@ -177,16 +186,12 @@ def test_a_bundle_does_not_lead_out_of_its_folder(readers, tmp_path):
 def test_what_stumbled_over_damage_says_so(readers, name, changed, message):
     """Found by fuzzing, or beside what it found."""
     target = readers[name]
-    valid = target.path.read_bytes()
-    assert changed(valid) != valid
-    try:
+    with damaged(target) as valid:
+        assert changed(valid) != valid
         target.path.write_bytes(changed(valid))
         target.beside(target.path)
         with pytest.raises(AumError, match=message):
             target.read(target.path)
-    finally:
-        target.path.write_bytes(valid)
-        target.beside(target.path)
 
 
 def test_a_type_of_tensors_that_there_is_not_is_refused(readers, tmp_path):
@@ -233,12 +238,9 @@ def test_yaml_that_its_parser_stumbles_over_is_refused(readers, name, text, mess
 def test_a_card_cannot_call_an_activation_a_layer(readers):
     """Found by fuzzing: a storage that fits another kind of module."""
     target = readers["json, card"]
-    valid = target.path.read_text()
-    card = json.loads(valid)
-    slot = next(name for name, storage in card["quantized_layers"].items() if storage == "uint8")
-    try:
+    with damaged(target) as valid:
+        card = json.loads(valid)
+        slot = next(name for name, storage in card["quantized_layers"].items() if storage == "uint8")
         target.path.write_text(json.dumps(card | {"quantized_layers": card["quantized_layers"] | {slot: "int8"}}))
         with pytest.raises(BundleError, match=f"{slot} is a ActivationSlot, which cannot be stored as int8"):
             target.read(target.path)
-    finally:
-        target.path.write_text(valid)
