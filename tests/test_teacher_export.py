@@ -26,8 +26,11 @@ def test_24_blocks_of_both_types_are_small_in_nodes_and_verified(tmp_path):
     export_onnx(model, path, metadata("fp32"))
     proto = onnx.load(path)
     kinds = [node.op_type for node in proto.graph.node]
-    assert kinds.count("SelectiveScanFoBi") == kinds.count("SelectiveScanBiBi") == DEPTH // 2
-    assert len(proto.functions) == 2
-    assert len(kinds) <= 40 * DEPTH
+    assert kinds.count("Block1") == kinds.count("Block2") == DEPTH // 2
+    assert len(kinds) <= DEPTH + 40
+    functions = {function.name: [node.op_type for node in function.node] for function in proto.functions}
+    assert functions.keys() == {"Block1", "Block2", "SelectiveScanBiBi", "SelectiveScanFoBi"}
+    assert functions["Block1"].count("SelectiveScanFoBi") == functions["Block2"].count("SelectiveScanBiBi") == 1
+    assert max(map(len, functions.values())) <= 90
     verification = verify_onnx(path, Reference(model, LABELS, SPEC))
     assert verification.passed, "\n".join(verification.lines())

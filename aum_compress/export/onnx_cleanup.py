@@ -8,6 +8,7 @@ outputs), and values that float16 holds exactly are stored as float16 in the fp1
 import ast
 from collections import defaultdict
 from collections.abc import Set
+from itertools import takewhile
 
 import ml_dtypes
 import numpy as np
@@ -134,9 +135,20 @@ def _share_constants(model: ir.Model, stored: Set[str]) -> None:
 def _name_nodes(model: ir.Model) -> None:
     """`layers.0.mixer.in_proj/MatMul`: the torch module that a node comes from, then its operator."""
     used: dict[str, int] = defaultdict(int)
+    modules = {node: _module(node) for node in model.graph}
     for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        module = scopes[-2] if len(scopes) > 1 else ""  # the last scope is the torch operator's own name
+        module = modules[node]
+        if module is None:  # torch's exporter does not say: what the modules on both sides have in common
+            makers = [value.producer() for value in node.inputs if value is not None]
+            readers = [use.node for value in node.outputs for use in value.uses()]
+            sides = [modules[side].split(".") for side in (*makers, *readers) if side and modules[side] is not None]
+            module = ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*sides)))
         name = f"{module}/{node.op_type}" if module else node.op_type
         used[name] += 1
         node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+
+
+def _module(node: ir.Node) -> str | None:
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    # the last scope is the torch operator's own name
+    return scopes[-2] if len(scopes) > 1 else None

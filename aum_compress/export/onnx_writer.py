@@ -16,6 +16,7 @@ from torch import Tensor
 from aum_compress import __version__
 from aum_compress.errors import ModelFileError
 from aum_compress.export.metadata import FEATURES, OnnxMetadata
+from aum_compress.export.onnx_blocks import outline_blocks
 from aum_compress.export.onnx_cleanup import store_half, store_int4, tidy
 from aum_compress.export.onnx_compact import compact
 from aum_compress.export.onnx_file import INT4_OPSET, IR_VERSION, OPSET, write_whole
@@ -213,6 +214,7 @@ def _finished(exported: ir.Model, metadata: OnnxMetadata, functions: _Functions)
     proto = ir.to_proto(exported)
     del proto.graph.value_info[:]  # every runtime infers shapes for itself
     compact(proto)
+    outline_blocks(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
