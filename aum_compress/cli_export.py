@@ -9,6 +9,7 @@ import typer
 from aum_compress.cli_options import Precision
 from aum_compress.console import say
 from aum_compress.errors import AumError
+from aum_compress.recipe_checks import CUMULATIVE_SUM, NO_CUMULATIVE_SUM
 
 
 class Input(StrEnum):
@@ -22,17 +23,10 @@ class Scan(StrEnum):
     unrolled = "unrolled"
 
 
-_CUMULATIVE_SUM = ("cumsum", "cumulative", "cumulative-sum")
-
-
 def _scan_form(word: str) -> Scan:
     """The form of that name."""
-    if word in _CUMULATIVE_SUM:
-        raise AumError(
-            f"--scan {word}: exp(s) * cumsum(drive * exp(-s)), with s the running sum of dt*A, is refused: exp(-s) "
-            "leaves float32 once s has fallen by 89, as dt 0.2 and A -16 make it in 28 tokens; clamping exp(s) hides "
-            f"that and stays wrong. Wanted {', '.join(Scan)} (docs/latency.md)"
-        )
+    if word in CUMULATIVE_SUM:
+        raise AumError(f"--scan {word}: {NO_CUMULATIVE_SUM}")
     if word not in list(Scan):
         raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, map(str, Scan)))}.")
     return Scan(word)

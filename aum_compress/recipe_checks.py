@@ -4,6 +4,13 @@ from typing import Any
 
 from aum_compress.models.storage import QUANTISED
 
+CUMULATIVE_SUM = ("cumsum", "cumulative", "cumulative-sum")
+"""Names under which a form of the scan is asked for that is refused."""
+NO_CUMULATIVE_SUM = (
+    "exp(s) * cumsum(drive * exp(-s)), with s the running sum of dt*A, is refused: exp(-s) leaves float32 once s has "
+    "fallen by 89, as dt 0.2 and A -16 make it in 28 tokens; clamping exp(s) hides that and stays wrong. Wanted scan, "
+    "chunked, unrolled (docs/latency.md)"
+)
 NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none"
 
 

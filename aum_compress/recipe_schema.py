@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from aum_compress.audio.config import FrontEnd, LogMelConfig
 from aum_compress.data.config import DataConfig
@@ -25,7 +25,7 @@ from aum_compress.models.config import (
 )
 from aum_compress.models.presets import PRESET_FRAMES, PRESET_MELS, PRESETS
 from aum_compress.models.storage import WEIGHT_BITS, QuantisedPrecision, WeightStorage
-from aum_compress.recipe_checks import NO_BLOCKS, misfits
+from aum_compress.recipe_checks import CUMULATIVE_SUM, NO_BLOCKS, NO_CUMULATIVE_SUM, misfits
 from aum_compress.recipe_train import DeviceTrainConfig, NonNegative, Positive, PositiveFloat, Section, TrainConfig
 
 Preset = Literal[
@@ -330,6 +330,13 @@ class ExportSection(Section):
     """How Mamba-1's recurrence is written: as ONNX `Scan`, or without control flow for runtimes that have none."""
     name: FolderName | None = None
     """Folder below exports/; the recipe's name when left out."""
+
+    @field_validator("scan", mode="before")
+    @classmethod
+    def _is_no_cumulative_sum(cls, form: Any) -> Any:
+        if form in CUMULATIVE_SUM:
+            raise ValueError(f"{form}: {NO_CUMULATIVE_SUM}")
+        return form
 
 
 class VerifySection(Section):

@@ -118,6 +118,9 @@ def test_the_refused_form_is_asked_for_and_the_answer_says_why(name, tmp_path):
     text = message("export", tmp_path / "none", "--to", tmp_path / "to", "--scan", name)
     assert f"--scan {name}: exp(s) * cumsum(drive * exp(-s)), with s the running sum of dt*A, is refused" in text
     assert "Wanted scan, chunked, unrolled (docs/latency.md)" in text
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"data: {{kind: synth}}\nexport: {{scan: {name}}}\n")
+    assert f"export.scan: {name}: exp(s) * cumsum(drive * exp(-s))" in message("recipes", "check", recipe)
     other = command("export", tmp_path / "none", "--to", tmp_path / "to", "--scan", "other")
     assert other.exit_code == 2
     assert "'other' is not one of 'scan', 'chunked', 'unrolled'" in " ".join(other.stderr.split())
