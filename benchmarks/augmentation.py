@@ -1,6 +1,6 @@
-"""What each augmentation is worth on devices that training never heard: the student of esc10_mobile.py without one.
+"""What each augmentation is worth on devices that training never heard: `student-edge` of esc10_mobile.py without one.
 
-    python benchmarks/augmentation.py --data DIR --responses DIR [--folds 1] [--epochs 20]
+    python benchmarks/augmentation.py --data DIR --responses DIR [--folds 1 2 3] [--epochs 20]
     python benchmarks/augmentation.py --summary           Markdown of benchmarks/results/augmentation.jsonl
 
 The student learns from labels alone; resumable, and measured as there.
@@ -12,22 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from esc10_mobile import Configs, arguments_of, read, run_all, student
+from esc10_mobile import Benchmark, Configs, arguments_of, on_edge, read, run_all, student
 
 RESULTS = Path(__file__).parent / "results" / "augmentation.jsonl"
 NO_RESPONSES = {"device_response_p": 0, "device_response_folder": None, "device_response_exclude": []}
+NOTHING = NO_RESPONSES | {"mixstyle_p": 0, "mixup_alpha": 0, "window_shift_seconds": 0, "speed_factor": 1}
+
+
+def bare(fold: Benchmark, network: dict[str, Any]) -> dict[str, Any]:
+    """Each clip as it is, always."""
+    sections = student(fold, network, **NOTHING)
+    sections["student"]["train"]["views"] = 1
+    return sections
+
+
 CONFIGS: Configs = {
-    "all": ("all of it", student),
-    "no-responses": ("without impulse responses", partial(student, **NO_RESPONSES)),
-    "no-mixstyle": ("without Freq-MixStyle", partial(student, mixstyle_p=0)),
-    "no-mixup": ("without mixup", partial(student, mixup_alpha=0)),
-    "no-shift": (
-        "a roll of 0.1 s, ends joined, in place of shifts",
-        partial(student, window_shift_seconds=0, time_roll_seconds=0.1),
-    ),
-    "no-speed": ("without changes of speed", partial(student, speed_factor=1)),
-    "masks": ("and masks of up to 48 mel bins", partial(student, frequency_mask_mels=48)),
+    name: (title, on_edge(partial(student, **changes)))
+    for name, (title, changes) in {
+        "all": ("all of it", {}),
+        "no-responses": ("without impulse responses", NO_RESPONSES),
+        "no-mixstyle": ("without Freq-MixStyle", {"mixstyle_p": 0}),
+        "no-mixup": ("without mixup", {"mixup_alpha": 0}),
+        "no-shift": (
+            "a roll of 0.1 s, ends joined, in place of shifts",
+            {"window_shift_seconds": 0, "time_roll_seconds": 0.1},
+        ),
+        "no-speed": ("without changes of speed", {"speed_factor": 1}),
+        "masks": ("and masks of up to 12 of 64 mel bins", {"frequency_mask_mels": 12}),
+    }.items()
 }
+CONFIGS["none"] = ("none of it", on_edge(bare))
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
@@ -67,7 +81,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments = arguments_of(parser, CONFIGS, RESULTS, folds=[1], epochs=20)
+    arguments = arguments_of(parser, CONFIGS, RESULTS, folds=[1, 2, 3], epochs=20)
     if not arguments.summary:
         run_all(arguments, CONFIGS)
     print(summary(read(arguments.results)))

@@ -157,7 +157,8 @@ def _learnt_int8(fold: Benchmark, config: str) -> dict[str, Any]:
     }
 
 
-def _on_edge(sections: Callable[..., dict[str, Any]]) -> Callable[[Benchmark], dict[str, Any]]:
+def on_edge(sections: Callable[..., dict[str, Any]]) -> Callable[[Benchmark], dict[str, Any]]:
+    """The same of `student-edge`, on what it hears."""
     return lambda fold: {"features": EDGE_FRONT_END} | sections(fold, EDGE)
 
 
@@ -173,8 +174,8 @@ CONFIGS: Configs = {
         "the scan replaced by a convolution of equal bytes, our teachers",
         partial(_distilled, network=STUDENT | {"blocks": CONVOLUTION}),
     ),
-    "student-edge": ("student-edge, no distillation", _on_edge(student)),
-    "student-edge-distilled": ("student-edge, our teachers", _on_edge(_distilled)),
+    "student-edge": ("student-edge, no distillation", on_edge(student)),
+    "student-edge-distilled": ("student-edge, our teachers", on_edge(_distilled)),
     "student-edge-learnt-int8": (
         "student-edge, our teachers, int8 learnt",
         partial(_learnt_int8, config="student-edge-distilled"),

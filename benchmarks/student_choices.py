@@ -53,6 +53,8 @@ CONVOLUTIONS = [
 WIDE_STEM = stem((32, 2, 2, 0), (64, 2, 2, 2), (64, 1, 1, 2), (128, 2, 2, 2), (128, 1, 1, 2))
 COLUMNS_17 = stem((16, 2, 2, 0), (32, 2, 2, 2), (32, 1, 1, 2), (64, 2, 1, 2), (64, 1, 1, 2))
 STEM_128 = stem((8, 2, 2, 0), (32, 2, 2, 0), (32, 1, 1, 2), (56, 2, 2, 2), (56, 1, 1, 2), (64, 2, 1, 2))
+SCANS = scans(states=4)
+"""Blocks of `student-int8`."""
 EIGHT = {"blocks": scans()}
 """8 states, as all but one choice."""
 CHOICES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -84,6 +86,16 @@ CHOICES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "256 mel bins, half, convolutions in place of scans",
         {},
         STUDENT | {"blocks": [block | {"d_inner": 76} for block in CONVOLUTION]},
+    ),
+    "256-scan-conv": (
+        "256 mel bins, half, a scan along time and a convolution along mel",
+        {},
+        STUDENT | {"blocks": [SCANS[0], CONVOLUTION[1]]},
+    ),
+    "256-long": (
+        "student-int8, convolutions inside its blocks from end to end (9 and 16 taps in place of 4)",
+        {},
+        STUDENT | {"blocks": [SCANS[0] | {"d_conv": 9}, SCANS[1] | {"d_conv": 16}]},
     ),
     "cp-mobile": ("CP-Mobile on 256 mel bins", {}, {"preset": "cp-mobile"}),
     "cp-mobile-64": ("CP-Mobile on 64 mel bins", EDGE_FRONT_END, {"preset": "cp-mobile"}),
