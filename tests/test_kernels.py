@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aum_compress.errors import AumError
 from aum_compress.kernels import build
-from aum_compress.kernels.cpu import scan_backward, scan_forward
+from aum_compress.kernels.cpu import scan_backward, scan_forward, two_way_backward, two_way_forward
 from aum_compress.models.scan import selective_scan_oracle
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -151,11 +151,54 @@ def test_bits_depend_neither_on_run_nor_on_threads() -> None:
     try:
         for threads in (1, 2, 3, 3):
             torch.set_num_threads(threads)
+            both = (*inputs[:7], inputs[2] / 2)
             runs.append([scan_forward(*inputs, True), *scan_backward(grad_y, *inputs, True)])
+            runs[-1] += [two_way_forward(*both), *two_way_backward(grad_y, *both)]
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def both_ways(inputs: list[Tensor], A_back: Tensor) -> Tensor:
+    """The oracle from the first token and, of the same turned round, from the last one."""
+    u, delta, A, B, C, D, z = inputs
+    turned = [t.flip(-1) for t in (u, delta, B, C, z)]
+    back = selective_scan_oracle(*turned[:2], A_back, *turned[2:4], D, turned[4], None, True)
+    return selective_scan_oracle(u, delta, A, B, C, D, z, None, True) + back.flip(-1)
+
+
+@needs_kernel
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20), st.integers(1, 5), st.integers(0, 10**6))
+def test_two_ways_in_one_equal_the_oracle_from_both_ends(batch, channels, length, state, seed) -> None:
+    *inputs, _ = random_inputs(batch, channels, length, state, seed)
+    A_back = random_inputs(batch, channels, length, state, seed + 1)[2]
+    exact = [x.double().requires_grad_() for x in (*inputs, A_back)]
+    wanted = both_ways(exact[:-1], exact[-1])
+    grad_y = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(seed))
+    gradients = torch.autograd.grad(wanted, exact, grad_y.double())
+    assert_near("y", two_way_forward(*inputs, A_back), wanted.detach())
+    found = two_way_backward(grad_y, *inputs, A_back)
+    for name, gradient, other in zip((*NAMES[:7], "A_back"), found, gradients, strict=True):
+        assert_near(f"gradient of {name}", gradient, other)
+
+
+@needs_kernel
+def test_two_ways_in_one_are_the_bits_of_two_scans_added() -> None:
+    *inputs, _ = random_inputs(3, 40, 21, 4)
+    u, delta, A, B, C, D, z = inputs
+    turned = [t.flip(-1) for t in (u, delta, B, C, z)]
+    back = scan_forward(*turned[:2], A / 2, *turned[2:4], D, turned[4], None, True)
+    wanted = scan_forward(*inputs, None, True) + back.flip(-1)
+    assert torch.equal(two_way_forward(*inputs, A / 2), wanted)
+
+
+@needs_kernel
+def test_rates_of_the_way_back_that_do_not_fit_are_named() -> None:
+    *inputs, _ = random_inputs(2, 6, 5, 4)
+    with pytest.raises(AumError, match=r"A_back is \(6, 3\) torch.float32 on cpu, wanted what A is: \(6, 4\)"):
+        two_way_forward(*inputs, inputs[2][:, :3])
 
 
 @needs_kernel

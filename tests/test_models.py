@@ -206,6 +206,19 @@ def test_batch_norm_head_normalises_the_logits_of_tokens_and_averages_them():
         AudioMambaConfig.model_validate(dict(aum_config()) | {"head": "batch_norm", "pool": "class_token"})
 
 
+def test_rms_norm_and_its_gradient_are_the_definition():
+    norm = RMSNorm(6).double()
+    norm.weight.data.uniform_(0.5, 2.0)
+    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), wanted)
+    grad = torch.randn_like(wanted)
+    found, own = (torch.autograd.grad(y, (x, norm.weight), grad) for y in (norm(x), wanted))
+    torch.testing.assert_close(found, own)
+
+
 def test_rms_norm():
     norm = RMSNorm(8)
     x = torch.randn(3, 8) * 5

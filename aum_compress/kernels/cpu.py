@@ -16,6 +16,7 @@ class _Scan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "state", "softplus", "threads")),
+        *((name, ctypes.c_int64) for name in ("from_end", "add")),
         *((name, _FLOATS) for name in ("u", "delta", "A", "B", "C", "D", "z", "bias")),
         *((name, _FLOATS) for name in ("scratch", "y", "grad_y")),
         *((name, _FLOATS) for name in ("du", "ddelta", "dz", "dA", "dB", "dC", "dD", "dbias")),
@@ -63,23 +64,65 @@ def scan_backward(
     by chunk, from one saved state in eight. The same inputs give the same bits, on any number of threads.
     """
     inputs = _checked(u, delta, A, B, C, D, z, delta_bias, grad_y=grad_y)
+    out = _gradients(inputs)
+    _call(inputs, out, delta_softplus)
+    total = {name: None if out[name] is None else out[name].sum(0) for name in ("dA", "dB", "dC", "dD", "dbias")}
+    return out["du"], out["ddelta"], total["dA"], total["dB"], total["dC"], total["dD"], out["dz"], total["dbias"]
+
+
+def two_way_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, A_back: Tensor
+) -> Tensor:
+    """Two scans with softplus, skip and gate that read the same from both ends, added: y (B,D,L).
+
+    `A`, `A_back` (D,N): of the scan that begins at the first and at the last token; the others, and errors, as for
+    `scan_forward`. Nothing is turned round in memory.
+    """
+    forward = _checked(u, delta, A, B, C, D, z, None)
+    y = torch.empty_like(forward["u"])
+    for inputs, second in ((forward, False), (forward | _checked_rates(A_back, A), True)):
+        _call(inputs, {"y": y}, True, from_end=second, add=second)
+    return y
+
+
+def two_way_backward(
+    grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, A_back: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (du, ddelta, dA, dB, dC, dD, dz, dA_back) of `two_way_forward` at `grad_y` (B,D,L)."""
+    forward = _checked(u, delta, A, B, C, D, z, None, grad_y=grad_y)
+    back = forward | _checked_rates(A_back, A)
+    out = _gradients(forward)
+    _call(forward, out, True)
+    out_back = out | {"dA": torch.empty_like(out["dA"])}
+    _call(back, out_back, True, from_end=True, add=True)
+    dA, dB, dC, dD = (out[name].sum(0) for name in ("dA", "dB", "dC", "dD"))
+    return out["du"], out["ddelta"], dA, dB, dC, dD, out["dz"], out_back["dA"].sum(0)
+
+
+def _gradients(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Room for them. The kernel leaves sums over tasks to its caller, whose order is fixed."""
     u, A, B = inputs["u"], inputs["A"], inputs["B"]
     batch, channels, _ = u.shape
-    # The kernel leaves sums over tasks to the reductions below, whose order is fixed.
     by_group = (_kernel().aum_scan_groups(channels), *B.shape)
-    out = {
+    return {
         "du": torch.empty_like(u),
         "ddelta": torch.empty_like(u),
         "dA": u.new_empty(batch, *A.shape),
         "dB": u.new_empty(by_group),
         "dC": u.new_empty(by_group),
-        "dD": None if D is None else u.new_empty(batch, channels),
-        "dz": None if z is None else torch.empty_like(u),
-        "dbias": None if delta_bias is None else u.new_empty(batch, channels),
+        "dD": None if inputs["D"] is None else u.new_empty(batch, channels),
+        "dz": None if inputs["z"] is None else torch.empty_like(u),
+        "dbias": None if inputs["bias"] is None else u.new_empty(batch, channels),
     }
-    _call(inputs, out, delta_softplus)
-    total = {name: None if out[name] is None else out[name].sum(0) for name in ("dA", "dB", "dC", "dD", "dbias")}
-    return out["du"], out["ddelta"], total["dA"], total["dB"], total["dC"], total["dD"], out["dz"], total["dbias"]
+
+
+def _checked_rates(A_back: Tensor, A: Tensor) -> dict[str, Tensor]:
+    if (A_back.shape, A_back.dtype, A_back.device) != (A.shape, A.dtype, A.device):
+        raise AumError(
+            f"two-way scan: A_back is {tuple(A_back.shape)} {A_back.dtype} on {A_back.device}, wanted what A is: "
+            f"{tuple(A.shape)} {A.dtype} on {A.device}"
+        )
+    return {"A": A_back.contiguous()}
 
 
 def _kernel() -> ctypes.CDLL:
@@ -126,7 +169,14 @@ def _checked(
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _call(inputs: dict[str, Tensor | None], outputs: dict[str, Tensor | None], delta_softplus: bool) -> None:
+def _call(
+    inputs: dict[str, Tensor | None],
+    outputs: dict[str, Tensor | None],
+    delta_softplus: bool,
+    *,
+    from_end: bool = False,
+    add: bool = False,
+) -> None:
     lib = _kernel()
     batch, channels, length = inputs["u"].shape
     state = inputs["A"].shape[1]
@@ -136,7 +186,7 @@ def _call(inputs: dict[str, Tensor | None], outputs: dict[str, Tensor | None], d
     # Scratch comes from torch, aligned to 64 bytes: running out of memory is torch's ordinary error and C cannot fail.
     scratch = torch.empty(threads * lib.aum_scan_scratch(length, state, backward), dtype=torch.float32)
     arrays = {**inputs, **outputs, "scratch": scratch}
-    scan = _Scan(batch, channels, length, state, delta_softplus, threads)
+    scan = _Scan(batch, channels, length, state, delta_softplus, threads, from_end, add)
     for name, tensor in arrays.items():
         setattr(scan, name, None if tensor is None else tensor.data_ptr())
     (lib.aum_scan_backward if backward else lib.aum_scan_forward)(ctypes.byref(scan))

@@ -131,14 +131,29 @@ INLINE void store_lanes(vec v, int64_t stride, int64_t lanes, float *to) {
         to[i * stride] = v[i];
 }
 
-/* to[n * length + t] = the sum over lanes of sums[t * state + n]. */
-static void store_lane_sums(const vec *sums, int64_t state, int64_t length, int64_t steps, float *to) {
-    for (int64_t t = 0; t < steps; t++)
-        for (int64_t n = 0; n < state; n++) {
-            const quad *part = (const quad *)&sums[t * state + n];
-            quad s = part[0];
-            for (int i = 1; i < W / 4; i++)
-                s += part[i];
-            to[n * length + t] = (s[0] + s[1]) + (s[2] + s[3]);
+/* Sum over lanes. */
+INLINE float lane_sum(const vec *v) {
+    const quad *part = (const quad *)v;
+    quad s = part[0];
+    for (int i = 1; i < W / 4; i++)
+        s += part[i];
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+/* The last first. */
+INLINE void turn(vec *v, int64_t count) {
+    for (int64_t i = 0, j = count - 1; i < j; i++, j--) {
+        vec other = v[i];
+        v[i] = v[j];
+        v[j] = other;
+    }
+}
+
+static void turn_rows(float *rows, int64_t count, int64_t width) {
+    for (int64_t i = 0, j = count - 1; i < j; i++, j--)
+        for (int64_t k = 0; k < width; k++) {
+            float other = rows[i * width + k];
+            rows[i * width + k] = rows[j * width + k];
+            rows[j * width + k] = other;
         }
 }

@@ -30,6 +30,8 @@
 /* Mirrored field by field in cpu.py. All arrays are contiguous; D, z and bias may be null, and dz, dbias with them. */
 struct scan {
     int64_t batch, channels, length, state, softplus, threads;
+    int64_t from_end; /* the recurrence begins at the last step; arrays lie in the order of time all the same */
+    int64_t add;      /* to what the outputs hold already, dA excepted: a second direction behind the first one */
     const float *u, *delta, *A, *B, *C, *D, *z, *bias; /* (b,d,l) (b,d,l) (d,n) (b,n,l) (b,n,l) (d) (b,d,l) (d) */
     float *scratch;                                    /* threads x aum_scan_scratch() floats, 64-byte aligned */
     float *y;                                          /* forward: (b,d,l) */
@@ -72,7 +74,51 @@ static struct task begin_task(const struct scan *s, int64_t index, float *scratc
     k.free_vectors = (vec *)(k.C + padded(L * N));
     transpose(s->B + k.batch * N * L, L, N, L, k.B, N);
     transpose(s->C + k.batch * N * L, L, N, L, k.C, N);
+    if (s->from_end) {
+        turn_rows(k.B, L, N);
+        turn_rows(k.C, L, N);
+    }
     return k;
+}
+
+/* Where `steps` steps of the recurrence, the first of them `start`, begin in time. */
+INLINE int64_t place_of(const struct scan *s, int64_t start, int64_t steps) {
+    return s->from_end ? s->length - start - steps : start;
+}
+
+/* Rows of time to vectors in the order of the recurrence, and back. */
+INLINE void read_rows(const struct scan *s, const float *from, int64_t lanes, int64_t steps, vec *to) {
+    load_rows(from, s->length, lanes, steps, to);
+    if (s->from_end)
+        turn(to, steps);
+}
+
+INLINE void write_rows(const struct scan *s, vec *from, int64_t lanes, int64_t steps, float *to) {
+    vec held[CHUNK];
+    if (s->from_end)
+        turn(from, steps);
+    if (s->add) {
+        load_rows(to, s->length, lanes, steps, held);
+        for (int64_t t = 0; t < steps; t++)
+            from[t] = held[t] + from[t];
+    }
+    store_rows(from, s->length, lanes, steps, to);
+}
+
+/* to[n * length + place] (+)= the sum over lanes of sums[t * state + n]. */
+static void write_lane_sums(const struct scan *s, const vec *sums, int64_t steps, float *to) {
+    for (int64_t t = 0; t < steps; t++)
+        for (int64_t n = 0; n < s->state; n++) {
+            float *place = to + n * s->length + (s->from_end ? steps - 1 - t : t);
+            float sum = lane_sum(&sums[t * s->state + n]);
+            *place = s->add ? *place + sum : sum;
+        }
+}
+
+INLINE void write_lanes(const struct scan *s, vec v, int64_t lanes, float *to) {
+    if (s->add)
+        v += load_lanes(to, 1, lanes);
+    store_lanes(v, 1, lanes, to);
 }
 
 INLINE int64_t first_channel(const struct task *k, int64_t block) { return (k->first_block + block) * W; }
@@ -98,8 +144,8 @@ struct steps {
 
 INLINE void load_steps(const struct scan *s, int64_t offset, int64_t lanes, int64_t steps, vec bias, int want_slope,
                        struct steps *c) {
-    load_rows(s->u + offset, s->length, lanes, steps, c->u);
-    load_rows(s->delta + offset, s->length, lanes, steps, c->dt);
+    read_rows(s, s->u + offset, lanes, steps, c->u);
+    read_rows(s, s->delta + offset, lanes, steps, c->dt);
     for (int64_t t = 0; t < steps; t++) {
         vec raw = c->dt[t] + bias;
         if (want_slope)
@@ -145,18 +191,19 @@ static void forward_task(const struct scan *s, int64_t index, float *scratch) {
         load_A(s, &k, block, A2);
         memset(h, 0, N * sizeof(vec));
         for (int64_t start = 0; start < L; start += CHUNK) {
-            int64_t steps = min64(CHUNK, L - start), offset = (k.batch * s->channels + d) * L + start;
+            int64_t steps = min64(CHUNK, L - start);
+            int64_t offset = (k.batch * s->channels + d) * L + place_of(s, start, steps);
             load_steps(s, offset, lanes, steps, bias, 0, &c);
             advance(N, steps, A2, k.B + start * N, k.C + start * N, &c, h, 0, y);
             if (s->D)
                 for (int64_t t = 0; t < steps; t++)
                     y[t] += skip * c.u[t];
             if (s->z) {
-                load_rows(s->z + offset, L, lanes, steps, z);
+                read_rows(s, s->z + offset, lanes, steps, z);
                 for (int64_t t = 0; t < steps; t++)
                     y[t] *= z[t] * sigmoid_vec(z[t]);
             }
-            store_rows(y, L, lanes, steps, s->y + offset);
+            write_rows(s, y, lanes, steps, s->y + offset);
         }
     }
 }
@@ -218,31 +265,31 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             int64_t start = chunk * CHUNK, steps = min64(CHUNK, L - start);
             memcpy(saved + (chunk * k.blocks + i) * N, h, N * sizeof(vec));
-            load_steps(s, row + start, lanes, steps, blocks[i].bias, 0, &c);
+            load_steps(s, row + place_of(s, start, steps), lanes, steps, blocks[i].bias, 0, &c);
             advance(N, steps, blocks[i].A2, k.B + start * N, 0, &c, h, 0, 0);
         }
     }
 
     for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-        int64_t start = chunk * CHUNK, steps = min64(CHUNK, L - start);
+        int64_t start = chunk * CHUNK, steps = min64(CHUNK, L - start), place = place_of(s, start, steps);
         const float *B = k.B + start * N, *C = k.C + start * N;
         vec g[CHUNK], y[CHUNK], z[CHUNK], dx[CHUNK], ddt[CHUNK];
         memset(dB_sum, 0, 2 * CHUNK * N * sizeof(vec)); /* and dC_sum */
         for (int64_t i = 0; i < k.blocks; i++) {
             struct block *b = &blocks[i];
-            int64_t lanes = lanes_of(s, &k, i), offset = (k.batch * s->channels + first_channel(&k, i)) * L + start;
+            int64_t lanes = lanes_of(s, &k, i), offset = (k.batch * s->channels + first_channel(&k, i)) * L + place;
             load_steps(s, offset, lanes, steps, b->bias, 1, &c);
-            load_rows(s->grad_y + offset, L, lanes, steps, g);
+            read_rows(s, s->grad_y + offset, lanes, steps, g);
             memcpy(h, saved + (chunk * k.blocks + i) * N, N * sizeof(vec));
             if (s->z) {
-                load_rows(s->z + offset, L, lanes, steps, z);
+                read_rows(s, s->z + offset, lanes, steps, z);
                 advance(N, steps, b->A2, B, C, &c, h, decay, y);
                 for (int64_t t = 0; t < steps; t++) {
                     vec gate = sigmoid_vec(z[t]), into = g[t];
                     g[t] = into * z[t] * gate;
                     z[t] = into * (y[t] + b->skip * c.u[t]) * gate * (1.0f + z[t] * (1.0f - gate)); /* now dz */
                 }
-                store_rows(z, L, lanes, steps, s->dz + offset);
+                write_rows(s, z, lanes, steps, s->dz + offset);
             } else {
                 advance(N, steps, b->A2, B, 0, &c, h, decay, 0);
             }
@@ -254,12 +301,12 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
                 dx[t] = dx[t] * c.dt[t] + g[t] * b->skip; /* now du */
                 ddt[t] = ddelta;
             }
-            store_rows(dx, L, lanes, steps, s->du + offset);
-            store_rows(ddt, L, lanes, steps, s->ddelta + offset);
+            write_rows(s, dx, lanes, steps, s->du + offset);
+            write_rows(s, ddt, lanes, steps, s->ddelta + offset);
         }
-        int64_t sums = (k.group * s->batch + k.batch) * N * L + start;
-        store_lane_sums(dB_sum, N, L, steps, s->dB + sums);
-        store_lane_sums(dC_sum, N, L, steps, s->dC + sums);
+        int64_t sums = (k.group * s->batch + k.batch) * N * L + place;
+        write_lane_sums(s, dB_sum, steps, s->dB + sums);
+        write_lane_sums(s, dC_sum, steps, s->dC + sums);
     }
 
     for (int64_t i = 0; i < k.blocks; i++) {
@@ -267,9 +314,9 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
         for (int64_t n = 0; n < N; n++)
             store_lanes(blocks[i].dA[n], N, lanes, s->dA + d * N + n);
         if (s->D)
-            store_lanes(blocks[i].dskip, 1, lanes, s->dD + d);
+            write_lanes(s, blocks[i].dskip, lanes, s->dD + d);
         if (s->bias)
-            store_lanes(blocks[i].dbias, 1, lanes, s->dbias + d);
+            write_lanes(s, blocks[i].dbias, lanes, s->dbias + d);
     }
 }
 

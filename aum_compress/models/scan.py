@@ -75,8 +75,16 @@ def two_way_scan(
         (B,D,L), in the order of `u`.
     """
     parts = (u, delta, A, B, C, D, z, A_back, *(back or (None,) * 5))
-    # the operator stands for one node in traces and exports; training goes through the autograd of the two scans
-    return _both_ways(*parts) if torch.is_grad_enabled() else _two_way_node(*parts)
+    # the operator stands for one node in traces and exports; what the fused kernel has no backward for goes through the
+    # autograd of the two scans
+    return _both_ways(*parts) if torch.is_grad_enabled() and not _is_fused(*parts) else _two_way_node(*parts)
+
+
+def _is_fused(*parts: Tensor | None) -> bool:
+    """The CPU kernel computes both directions of what they share in one."""
+    shared, of_back = parts[:8], parts[8:]
+    on_cpu = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in shared)
+    return on_cpu and of_back[0] is None and build.library() is not None
 
 
 def selective_scan_oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> Tensor:
@@ -145,6 +153,7 @@ def _both_ways(
     C_back: Tensor | None,
     D_back: Tensor | None,
 ) -> Tensor:
+    """Each direction by itself, any device and type."""
     y = selective_scan(u, delta, A, B, C, D, z, delta_softplus=True)
     if u_back is None:
         u_back, delta_back, B_back, C_back = (t.flip(-1) for t in (u, delta, B, C))
@@ -153,7 +162,40 @@ def _both_ways(
     return (y + turned.flip(-1)).contiguous()
 
 
-_two_way_node = torch.library.custom_op("aum_compress::two_way_scan", _both_ways, mutates_args=())
+@torch.library.custom_op("aum_compress::two_way_scan", mutates_args=())
+def _two_way_node(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    A_back: Tensor,
+    u_back: Tensor | None,
+    delta_back: Tensor | None,
+    B_back: Tensor | None,
+    C_back: Tensor | None,
+    D_back: Tensor | None,
+) -> Tensor:
+    parts = (u, delta, A, B, C, D, z, A_back)
+    of_back = (u_back, delta_back, B_back, C_back, D_back)
+    return cpu.two_way_forward(*parts) if _is_fused(*parts, *of_back) else _both_ways(*parts, *of_back)
+
+
+@torch.library.custom_op("aum_compress::two_way_scan_backward", mutates_args=())
+def _two_way_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    A_back: Tensor,
+) -> list[Tensor]:
+    return list(cpu.two_way_backward(grad, u, delta, A, B, C, D, z, A_back))
 
 
 @_two_way_node.register_fake
@@ -193,3 +235,20 @@ def _backward(ctx, grad: Tensor):
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_two_way_backward.register_fake
+def _(grad, u, delta, A, B, C, D, z, A_back):
+    parts = (u, delta, A, B, C, D, z, A_back)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parts]
+
+
+def _two_way_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+
+
+def _two_way_gradients(ctx, grad: Tensor):
+    return *_two_way_backward(grad.contiguous(), *ctx.saved_tensors), *(None,) * 5
+
+
+_two_way_node.register_autograd(_two_way_gradients, setup_context=_two_way_context)
