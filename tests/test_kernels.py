@@ -195,6 +195,20 @@ def test_two_ways_in_one_are_the_bits_of_two_scans_added() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize(("channels", "length"), [(1, 9), (5, 1), (16, 8), (64, 16), (130, 21)])
+def test_two_ways_in_one_give_the_same_bits_however_their_inputs_lie(channels, length) -> None:
+    *inputs, _ = random_inputs(3, channels, length, 4)
+    grad_y, A_back = torch.randn(3, channels, length), inputs[2] / 2
+    by_token = [t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 3 else t for t in inputs]
+    assert torch.equal(two_way_forward(*by_token, A_back), two_way_forward(*inputs, A_back))
+    found = two_way_backward(grad_y, *by_token, A_back)
+    for a, b in zip(found, two_way_backward(grad_y, *inputs, A_back), strict=True):
+        assert torch.equal(a, b)
+    if channels > 1 and length > 1:
+        assert found[0].transpose(1, 2).is_contiguous(), "what comes back lies as what went in"
+
+
+@needs_kernel
 def test_rates_of_the_way_back_that_do_not_fit_are_named() -> None:
     *inputs, _ = random_inputs(2, 6, 5, 4)
     with pytest.raises(AumError, match=r"A_back is \(6, 3\) torch.float32 on cpu, wanted what A is: \(6, 4\)"):

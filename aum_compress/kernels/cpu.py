@@ -16,7 +16,7 @@ class _Scan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "length", "state", "softplus", "threads")),
-        *((name, ctypes.c_int64) for name in ("from_end", "add")),
+        *((name, ctypes.c_int64) for name in ("from_end", "add", "by_token")),
         *((name, _FLOATS) for name in ("u", "delta", "A", "B", "C", "D", "z", "bias")),
         *((name, _FLOATS) for name in ("scratch", "y", "grad_y")),
         *((name, _FLOATS) for name in ("du", "ddelta", "dz", "dA", "dB", "dC", "dD", "dbias")),
@@ -76,9 +76,10 @@ def two_way_forward(
     """Two scans with softplus, skip and gate that read the same from both ends, added: y (B,D,L).
 
     `A`, `A_back` (D,N): of the scan that begins at the first and at the last token; the others, and errors, as for
-    `scan_forward`. Nothing is turned round in memory.
+    `scan_forward`. Nothing is turned round in memory, and where the channels of `u` lie side by side, as projections
+    make them, what is returned lies so too and nothing is transposed.
     """
-    forward = _checked(u, delta, A, B, C, D, z, None)
+    forward = _checked(u, delta, A, B, C, D, z, None, by_token=_is_by_token(u))
     y = torch.empty_like(forward["u"])
     for inputs, second in ((forward, False), (forward | _checked_rates(A_back, A), True)):
         _call(inputs, {"y": y}, True, from_end=second, add=second)
@@ -89,7 +90,7 @@ def two_way_backward(
     grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, A_back: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (du, ddelta, dA, dB, dC, dD, dz, dA_back) of `two_way_forward` at `grad_y` (B,D,L)."""
-    forward = _checked(u, delta, A, B, C, D, z, None, grad_y=grad_y)
+    forward = _checked(u, delta, A, B, C, D, z, None, by_token=_is_by_token(u), grad_y=grad_y)
     back = forward | _checked_rates(A_back, A)
     out = _gradients(forward)
     _call(forward, out, True)
@@ -103,13 +104,13 @@ def _gradients(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """Room for them. The kernel leaves sums over tasks to its caller, whose order is fixed."""
     u, A, B = inputs["u"], inputs["A"], inputs["B"]
     batch, channels, _ = u.shape
-    by_group = (_kernel().aum_scan_groups(channels), *B.shape)
+    groups = _kernel().aum_scan_groups(channels)
     return {
-        "du": torch.empty_like(u),
+        "du": torch.empty_like(u),  # and laid out like it
         "ddelta": torch.empty_like(u),
         "dA": u.new_empty(batch, *A.shape),
-        "dB": u.new_empty(by_group),
-        "dC": u.new_empty(by_group),
+        "dB": torch.empty_like(B.expand(groups, *B.shape)),
+        "dC": torch.empty_like(B.expand(groups, *B.shape)),
         "dD": None if inputs["D"] is None else u.new_empty(batch, channels),
         "dz": None if inputs["z"] is None else torch.empty_like(u),
         "dbias": None if inputs["bias"] is None else u.new_empty(batch, channels),
@@ -141,9 +142,13 @@ def _checked(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    by_token: bool = False,
     **grad_y: Tensor,
 ) -> dict[str, Tensor | None]:
-    """Contiguous inputs by their name in `struct scan`. C reads raw memory, so nothing of another shape may pass."""
+    """Inputs by their name in `struct scan`, contiguous, or `by_token` (B,D,L) and (B,N,L) lying as (B,L,D) and (B,L,N).
+
+    C reads raw memory, so nothing of another shape may pass.
+    """
     if u.dim() != 3 or A.dim() != 2:
         raise AumError(f"selective scan: u is {tuple(u.shape)} and A {tuple(A.shape)}, wanted (B,D,L) and (D,N)")
     batch, channels, length = u.shape
@@ -166,7 +171,17 @@ def _checked(
             )
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise AumError(f"selective scan: {name} is {tensor.dtype} on {tensor.device}, wanted torch.float32 on cpu")
-    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+    return {name: None if tensor is None else _laid_out(tensor, by_token) for name, tensor in tensors.items()}
+
+
+def _is_by_token(u: Tensor) -> bool:
+    return u.dim() == 3 and not u.is_contiguous() and u.transpose(1, 2).is_contiguous()
+
+
+def _laid_out(tensor: Tensor, by_token: bool) -> Tensor:
+    if by_token and tensor.dim() == 3:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.contiguous()
 
 
 def _call(
@@ -186,7 +201,7 @@ def _call(
     # Scratch comes from torch, aligned to 64 bytes: running out of memory is torch's ordinary error and C cannot fail.
     scratch = torch.empty(threads * lib.aum_scan_scratch(length, state, backward), dtype=torch.float32)
     arrays = {**inputs, **outputs, "scratch": scratch}
-    scan = _Scan(batch, channels, length, state, delta_softplus, threads, from_end, add)
+    scan = _Scan(batch, channels, length, state, delta_softplus, threads, from_end, add, _is_by_token(inputs["u"]))
     for name, tensor in arrays.items():
         setattr(scan, name, None if tensor is None else tensor.data_ptr())
     (lib.aum_scan_backward if backward else lib.aum_scan_forward)(ctypes.byref(scan))

@@ -118,6 +118,19 @@ INLINE void store_rows(const vec *from, int64_t length, int64_t lanes, int64_t s
     transpose((const float *)from, W, steps, lanes, to, length);
 }
 
+/* `steps` runs of W channels, `stride` apart, and back; lanes past `lanes` as above. */
+INLINE void load_columns(const float *from, int64_t stride, int64_t lanes, int64_t steps, vec *to) {
+    if (lanes < W)
+        memset(to, 0, steps * sizeof(vec));
+    for (int64_t t = 0; t < steps; t++)
+        memcpy(to + t, from + t * stride, lanes < W ? lanes * sizeof(float) : sizeof(vec));
+}
+
+INLINE void store_columns(const vec *from, int64_t stride, int64_t lanes, int64_t steps, float *to) {
+    for (int64_t t = 0; t < steps; t++)
+        memcpy(to + t * stride, from + t, lanes < W ? lanes * sizeof(float) : sizeof(vec));
+}
+
 /* One value of each of `lanes` channels, `stride` apart; the lanes past them 0. */
 INLINE vec load_lanes(const float *from, int64_t stride, int64_t lanes) {
     vec v = {0};

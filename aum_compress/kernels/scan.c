@@ -32,6 +32,7 @@ struct scan {
     int64_t batch, channels, length, state, softplus, threads;
     int64_t from_end; /* the recurrence begins at the last step; arrays lie in the order of time all the same */
     int64_t add;      /* to what the outputs hold already, dA excepted: a second direction behind the first one */
+    int64_t by_token; /* each (b,d,l) below lies as (b,l,d), and each (b,n,l) as (b,l,n) */
     const float *u, *delta, *A, *B, *C, *D, *z, *bias; /* (b,d,l) (b,d,l) (d,n) (b,n,l) (b,n,l) (d) (b,d,l) (d) */
     float *scratch;                                    /* threads x aum_scan_scratch() floats, 64-byte aligned */
     float *y;                                          /* forward: (b,d,l) */
@@ -72,8 +73,13 @@ static struct task begin_task(const struct scan *s, int64_t index, float *scratc
     k.B = scratch;
     k.C = k.B + padded(L * N);
     k.free_vectors = (vec *)(k.C + padded(L * N));
-    transpose(s->B + k.batch * N * L, L, N, L, k.B, N);
-    transpose(s->C + k.batch * N * L, L, N, L, k.C, N);
+    if (s->by_token) {
+        memcpy(k.B, s->B + k.batch * N * L, N * L * sizeof(float));
+        memcpy(k.C, s->C + k.batch * N * L, N * L * sizeof(float));
+    } else {
+        transpose(s->B + k.batch * N * L, L, N, L, k.B, N);
+        transpose(s->C + k.batch * N * L, L, N, L, k.C, N);
+    }
     if (s->from_end) {
         turn_rows(k.B, L, N);
         turn_rows(k.C, L, N);
@@ -86,30 +92,43 @@ INLINE int64_t place_of(const struct scan *s, int64_t start, int64_t steps) {
     return s->from_end ? s->length - start - steps : start;
 }
 
-/* Rows of time to vectors in the order of the recurrence, and back. */
+/* Where channel d of a batch element begins at this place in time. */
+INLINE int64_t offset_of(const struct scan *s, int64_t batch, int64_t d, int64_t place) {
+    return s->by_token ? (batch * s->length + place) * s->channels + d : (batch * s->channels + d) * s->length + place;
+}
+
+/* What lies in memory to vectors in the order of the recurrence, and back. */
 INLINE void read_rows(const struct scan *s, const float *from, int64_t lanes, int64_t steps, vec *to) {
-    load_rows(from, s->length, lanes, steps, to);
+    if (s->by_token)
+        load_columns(from, s->channels, lanes, steps, to);
+    else
+        load_rows(from, s->length, lanes, steps, to);
     if (s->from_end)
         turn(to, steps);
 }
 
 INLINE void write_rows(const struct scan *s, vec *from, int64_t lanes, int64_t steps, float *to) {
     vec held[CHUNK];
-    if (s->from_end)
-        turn(from, steps);
     if (s->add) {
-        load_rows(to, s->length, lanes, steps, held);
+        read_rows(s, to, lanes, steps, held);
         for (int64_t t = 0; t < steps; t++)
             from[t] = held[t] + from[t];
     }
-    store_rows(from, s->length, lanes, steps, to);
+    if (s->from_end)
+        turn(from, steps);
+    if (s->by_token)
+        store_columns(from, s->channels, lanes, steps, to);
+    else
+        store_rows(from, s->length, lanes, steps, to);
 }
 
-/* to[n * length + place] (+)= the sum over lanes of sums[t * state + n]. */
-static void write_lane_sums(const struct scan *s, const vec *sums, int64_t steps, float *to) {
+/* Sums over lanes, sums[t * state + n], to (n,l), or by token (l,n), from this place in time on. */
+static void write_lane_sums(const struct scan *s, const vec *sums, int64_t place_of_first, int64_t steps, float *to) {
+    int64_t of_state = s->by_token ? 1 : s->length, of_step = s->by_token ? s->state : 1;
     for (int64_t t = 0; t < steps; t++)
         for (int64_t n = 0; n < s->state; n++) {
-            float *place = to + n * s->length + (s->from_end ? steps - 1 - t : t);
+            int64_t time = place_of_first + (s->from_end ? steps - 1 - t : t);
+            float *place = to + n * of_state + time * of_step;
             float sum = lane_sum(&sums[t * s->state + n]);
             *place = s->add ? *place + sum : sum;
         }
@@ -192,7 +211,7 @@ static void forward_task(const struct scan *s, int64_t index, float *scratch) {
         memset(h, 0, N * sizeof(vec));
         for (int64_t start = 0; start < L; start += CHUNK) {
             int64_t steps = min64(CHUNK, L - start);
-            int64_t offset = (k.batch * s->channels + d) * L + place_of(s, start, steps);
+            int64_t offset = offset_of(s, k.batch, d, place_of(s, start, steps));
             load_steps(s, offset, lanes, steps, bias, 0, &c);
             advance(N, steps, A2, k.B + start * N, k.C + start * N, &c, h, 0, y);
             if (s->D)
@@ -260,12 +279,13 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
     struct steps c;
 
     for (int64_t i = 0; i < k.blocks; i++) {
-        int64_t lanes = lanes_of(s, &k, i), row = (k.batch * s->channels + first_channel(&k, i)) * L;
+        int64_t lanes = lanes_of(s, &k, i), d = first_channel(&k, i);
         memset(h, 0, N * sizeof(vec));
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             int64_t start = chunk * CHUNK, steps = min64(CHUNK, L - start);
             memcpy(saved + (chunk * k.blocks + i) * N, h, N * sizeof(vec));
-            load_steps(s, row + place_of(s, start, steps), lanes, steps, blocks[i].bias, 0, &c);
+            int64_t offset = offset_of(s, k.batch, d, place_of(s, start, steps));
+            load_steps(s, offset, lanes, steps, blocks[i].bias, 0, &c);
             advance(N, steps, blocks[i].A2, k.B + start * N, 0, &c, h, 0, 0);
         }
     }
@@ -277,7 +297,7 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
         memset(dB_sum, 0, 2 * CHUNK * N * sizeof(vec)); /* and dC_sum */
         for (int64_t i = 0; i < k.blocks; i++) {
             struct block *b = &blocks[i];
-            int64_t lanes = lanes_of(s, &k, i), offset = (k.batch * s->channels + first_channel(&k, i)) * L + place;
+            int64_t lanes = lanes_of(s, &k, i), offset = offset_of(s, k.batch, first_channel(&k, i), place);
             load_steps(s, offset, lanes, steps, b->bias, 1, &c);
             read_rows(s, s->grad_y + offset, lanes, steps, g);
             memcpy(h, saved + (chunk * k.blocks + i) * N, N * sizeof(vec));
@@ -304,9 +324,9 @@ static void backward_task(const struct scan *s, int64_t index, float *scratch) {
             write_rows(s, dx, lanes, steps, s->du + offset);
             write_rows(s, ddt, lanes, steps, s->ddelta + offset);
         }
-        int64_t sums = (k.group * s->batch + k.batch) * N * L + place;
-        write_lane_sums(s, dB_sum, steps, s->dB + sums);
-        write_lane_sums(s, dC_sum, steps, s->dC + sums);
+        int64_t sums = (k.group * s->batch + k.batch) * N * L;
+        write_lane_sums(s, dB_sum, place, steps, s->dB + sums);
+        write_lane_sums(s, dC_sum, place, steps, s->dC + sums);
     }
 
     for (int64_t i = 0; i < k.blocks; i++) {

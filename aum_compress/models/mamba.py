@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum_compress.kernels import cuda
-from aum_compress.models import scan
+from aum_compress.models import scan, short_conv
 from aum_compress.models.config import BlockConfig
 from aum_compress.models.quantized import ActivationSlot
 
@@ -97,6 +97,9 @@ class MambaMixer(nn.Module):
         # the hooks of calibration, outside training, and modules that round weights or inputs have to be reached
         if self.training and isinstance(convolution, nn.Conv1d) and cuda.convolves(x, self.config.d_conv):
             return cuda.causal_convolution(x, convolution.weight.squeeze(1), convolution.bias)
+        if self.training and short_conv.convolves(x, convolution):
+            tokens = short_conv.causal_convolution(x.transpose(1, 2), convolution.weight, convolution.bias)
+            return F.silu(tokens).transpose(1, 2)
         return F.silu(convolution(F.pad(x, (self.config.d_conv - 1, 0))))
 
     def _rates(self, suffix: str) -> Tensor:
