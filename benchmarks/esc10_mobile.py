@@ -174,6 +174,10 @@ CONFIGS: Configs = {
         "the scan replaced by a convolution of equal bytes, our teachers",
         partial(_distilled, network=STUDENT | {"blocks": CONVOLUTION}),
     ),
+    "student-fp16-distilled": (
+        "student-fp16, our teachers",
+        partial(_distilled, network={"preset": "student-fp16"}),
+    ),
     "student-edge": ("student-edge, no distillation", on_edge(student)),
     "student-edge-distilled": ("student-edge, our teachers", on_edge(_distilled)),
     "student-edge-learnt-int8": (
@@ -188,6 +192,7 @@ _SHOWN = {
     "cp-mobile-distilled": ("fp16",),
     "convolution-distilled": ("fp16", "int8"),
     "student-learnt-int8": ("int8",),
+    "student-fp16-distilled": ("fp16",),
     "student-edge-learnt-int8": ("int8",),
 }
 """Files of a configuration that have a row, where not all have one: CP-Mobile ships as fp16."""

@@ -145,7 +145,7 @@ def _checked(
     by_token: bool = False,
     **grad_y: Tensor,
 ) -> dict[str, Tensor | None]:
-    """Inputs by their name in `struct scan`, contiguous, or `by_token` (B,D,L) and (B,N,L) lying as (B,L,D) and (B,L,N).
+    """Inputs by their name in `struct scan`: contiguous, or `by_token`, (B,D,L) and (B,N,L) lying as (B,L,D), (B,L,N).
 
     C reads raw memory, so nothing of another shape may pass.
     """
