@@ -155,7 +155,10 @@ UNRUN: dict[str, dict[str, Unrun]] = {
 """Page -> command -> why no test runs it. Every other one is run, page by page, in tests/test_docs.py."""
 
 SHOWN: dict[str, dict[str, str]] = {
-    "on-your-device": dict.fromkeys(("cpp", "kotlin", "swift"), "as the page says, nothing here can run it"),
+    "on-your-device": {
+        "cpp": "compiled and run where AUM_ORT_CPP names a release of onnxruntime",
+        **dict.fromkeys(("kotlin", "swift"), "as the page says, nothing here can run it"),
+    },
     "sweeps": {"sweeps/first/sweep.json": "a list of files"},
     "your-own-data": {"recordings/": "a folder"},
 }

@@ -8,10 +8,12 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -287,6 +289,30 @@ def test_the_loop_for_devices_hears_what_a_stream_hears(place, monkeypatch):
     assert [label for label, _ in found] == [heard.label for heard in wanted]
     assert [share for _, share in found] == pytest.approx([float(heard.vote.max()) for heard in wanted], abs=1e-4)
     assert len(found) == 7
+
+
+def test_the_loop_in_cpp_hears_what_a_stream_hears(tmp_path, monkeypatch):
+    """Compiled and started as its own first lines say."""
+    release = Path(os.environ.get("AUM_ORT_CPP", "absent"))
+    if not (release / "include" / "onnxruntime_cxx_api.h").is_file() or shutil.which("g++") is None:
+        pytest.skip("AUM_ORT_CPP: no g++, or no unpacked release of onnxruntime there")
+    monkeypatch.chdir(tmp_path)
+    Path("ort").symlink_to(release.resolve())
+    (program,) = (part.text for part in parts("on-your-device") if part.language == "cpp")
+    Path("listen.cpp").write_text(program)
+    compiled, started = (line.removeprefix("// ") for line in program.splitlines()[:2])
+    done = subprocess.run(shlex.split(compiled), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = ROOT / "exports" / "esc10-edge" / "model-int8-waveform.onnx"
+    place = np.arange(96_000) / 32_000
+    tone = 0.3 * np.sin(2 * np.pi * (200 + 900 * place) * place) + 0.05 * np.random.default_rng(0).normal(size=96_000)
+    samples = (tone * 32767).astype("<i2")
+    words = [model if word.endswith(".onnx") else word for word in shlex.split(started.partition(" | ")[2])]
+    found = subprocess.run(words, input=samples.tobytes(), capture_output=True, check=True).stdout.decode().split()
+    wanted = Stream(Classifier(model), 32_000, hop_seconds=0.5).feed(samples / np.float32(32768))
+    assert found == [heard.label for heard in wanted]
+    assert len(found) == 5
+    assert len({*found}) > 1
 
 
 def test_the_page_of_recipes_has_every_key_as_the_schema_has_it():
