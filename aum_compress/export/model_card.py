@@ -48,7 +48,7 @@ def model_card(files: Sequence[Path], accuracy: Mapping[str, float] | None = Non
     lines += ["", "## Origin", ""]
     recipe = f"recipe `{first.recipe or '-'}`, sha256 `{first.recipe_sha256 or '-'}`"
     lines += [f"- aum-compress {first.tool_version}, {recipe}"]
-    lines += [f"- IR {_versions(protos)}, onnxruntime 1.20 or newer, but not 1.21"]
+    lines += [f"- IR {_versions(protos)}, onnxruntime 1.20 or newer"]
     return "\n".join(lines) + "\n"
 
 
