@@ -12,7 +12,7 @@ from aum_compress.audio.config import InputSpec
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.budget.onnx_parts import FRAMING, FRONT_END_VALUES, METADATA, PARAMETERS, file_parts
 from aum_compress.compress.quantize import quantize
-from aum_compress.export.onnx_compact import compact
+from aum_compress.export.onnx_compact import compact, int8_function
 from aum_compress.export.onnx_writer import export_onnx
 from aum_compress.export.waveform_input import write_waveform_file
 from aum_compress.models.factory import build_model
@@ -86,6 +86,19 @@ def test_only_int8_layers_are_wrapped_and_they_compute_the_same(body, wrapped):
     x = np.array([[0.11, -0.52, 3.0, 9.0]], dtype=np.float32)
     found, wanted = (onnx.reference.ReferenceEvaluator(m).run(None, {"x": x})[0] for m in (proto, before))
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["Int8Gemm", "Int8Linear"])
+def test_weights_of_what_may_become_a_gemm_have_a_zero_point_for_each_scale(name):
+    """onnxruntime 1.21 makes QGemm of it, which asks for as many, and fails at the first clip otherwise."""
+    function = int8_function(name, 20)
+    makers = {made: node for node in function.node for made in node.output}
+    (widened,) = (node for node in function.node if node.input[0] == "weight")
+    assert list(widened.input[:2]) == ["weight", "weight_scale"]
+    cast = makers[widened.input[2]]
+    assert (cast.op_type, onnx.helper.get_node_attr_value(cast, "to")) == ("Cast", onnx.TensorProto.INT8)
+    zeros = makers[cast.input[0]]
+    assert (zeros.op_type, list(zeros.input)) == ("Sub", ["weight_scale", "weight_scale"])
 
 
 def test_student_of_128_kb_is_a_file_of_160_kb_at_most(tmp_path):

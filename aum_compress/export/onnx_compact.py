@@ -38,6 +38,11 @@ class _Layer:
     rounds_bias: bool = False
     """To whole steps of the sums, as integer kernels have it."""
 
+    @property
+    def may_become_gemm(self) -> bool:
+        """onnxruntime 1.21 makes QGemm of it, which fails where zero points of the weight are not as many as scales."""
+        return self.operator == "Gemm" or self.adds_bias
+
 
 _LAYERS = {
     "Int8Conv": _Layer("Conv", has_bias=True, attributes=_CONV_ATTRIBUTES, rounds_bias=True),
@@ -46,6 +51,8 @@ _LAYERS = {
     "Int8MatMul": _Layer("MatMul", has_bias=False, weight_axis=1),
 }
 """Name of a function -> what it stands for; of two with the same operator the first that fits is taken."""
+_ZERO_POINTS = ("no_scale = Sub (weight_scale, weight_scale)", "weight_zero_point = Cast <to = 3> (no_scale)")
+"""Made of the scales when a session opens, so that none is stored."""
 _ROUNDING = (
     "step = Mul (input_scale, weight_scale)",
     "bias_steps = Div (wide_bias, step)",
@@ -66,10 +73,12 @@ def int8_function(name: str, opset: int) -> onnx.FunctionProto:
     given += [f"{key} = {value}" for key, value in layer.fixed.items()]
     product, attributes = "product" if layer.adds_bias else "y", f"<{', '.join(given)}>" if given else ""
     bias = (", whole_bias" if layer.rounds_bias else ", wide_bias") * (layer.has_bias and not layer.adds_bias)
+    zero_points = ", weight_zero_point" * layer.may_become_gemm
     lines = (
         "levels = QuantizeLinear (x, input_scale, input_zero_point)",
         "rounded = DequantizeLinear (levels, input_scale, input_zero_point)",
-        f"wide_weight = DequantizeLinear <axis = {layer.weight_axis}> (weight, weight_scale)",
+        *(_ZERO_POINTS * layer.may_become_gemm),
+        f"wide_weight = DequantizeLinear <axis = {layer.weight_axis}> (weight, weight_scale{zero_points})",
         *(["wide_bias = Cast <to = 1> (bias)"] * layer.has_bias),
         *(_ROUNDING * layer.rounds_bias),
         f"{product} = {layer.operator} {attributes} (rounded, wide_weight{bias})",
