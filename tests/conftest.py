@@ -1,8 +1,59 @@
+import copy
+import functools
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each of the processes
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+SLOWEST = (
+    "test_pipeline.py",
+    "test_budget_witnesses.py",
+    "test_distributed.py",
+    "test_devices.py",
+    "test_docs.py",
+    "test_cli_files.py",
+    "test_submission.py",
+    "test_interrupted.py",
+    "test_plan.py",
+    "test_scan_forms.py",
+)
+"""Files that take the longest, the longest first: one of them that starts last is waited for by processes without work.
+The first two do not both wait for the run that `finished` makes."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No worker where a single file is asked for: it runs in one of them, and each takes its seconds to start."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _translations_parsed_once():
+    """torch's exporter parses the sources of its 500 translations of operators anew for each file: a third of the time
+    of a small export, of which there are many here."""
+    if "aum_compress.export.onnx_writer" not in sys.modules:
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    parsed = functools.cache(ONNXRegistry.from_torchlib)
+
+    @staticmethod
+    def copied(*args, **kwargs) -> ONNXRegistry:
+        registry = copy.copy(parsed(*args, **kwargs))
+        registry.functions = {name: [*found] for name, found in registry.functions.items()}  # an export adds its own
+        return registry
+
+    ONNXRegistry.from_torchlib = copied
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +67,7 @@ def real_audio() -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A small recipe that has been run to its end, once for all tests."""
+    """A small recipe that has been run to its end, once for all tests of all processes."""
     from tiny_recipe import finished_run
 
     return finished_run(tmp_path_factory.getbasetemp())
