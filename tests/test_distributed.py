@@ -16,7 +16,7 @@ from audio_trees import write_tau_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SPEC, features, student_config, trained_like
-from tiny_recipe import TRAIN, raw_recipe, recipe
+from tiny_recipe import TRAIN, raw_recipe, recipe, with_kernel
 
 import aum_compress
 from aum_compress import console, workspace
@@ -75,7 +75,7 @@ class TwoProcesses:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    return with_kernel(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """A recipe whose stages are all real and small, its data, one finished run a test session, and the command line."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 from audio_trees import SECONDS, write_tau_tree
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 import aum_compress
 from aum_compress.bundle import read_bundle
 from aum_compress.cli import app
+from aum_compress.kernels import build
 from aum_compress.pipeline import Outcome, run
 from aum_compress.recipe import validate_recipe
 from aum_compress.recipe_schema import Recipe
@@ -24,6 +28,8 @@ STEM = {
     "stages": [{"channels": 8, "expansion": 0, "stride_frames": 2}, {"channels": 8}],
 }
 TRAIN = {"epochs": 1, "batch_size": 16, "accelerator": "cpu"}
+ONE_FILE = {"export": {"precisions": ["int8"], "waveform": False}}
+"""Changes for runs that are not made for their files: writing and verifying all six takes longer than all training."""
 
 
 def raw_recipe(root: Path, **changes) -> dict:
@@ -56,6 +62,14 @@ def recipe(root: Path, **changes) -> Recipe:
     return validate_recipe(raw_recipe(root, **changes), "test")
 
 
+def with_kernel(cache: Path) -> Path:
+    """A folder for AUM_CACHE in which no process has to compile the scan again."""
+    cache.mkdir(exist_ok=True)
+    if (library := build.library()) is not None:
+        shutil.copy(library._name, cache)
+    return cache
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished run that no test may change; one that wants to takes a copy of `out`."""
@@ -72,14 +86,23 @@ def finished_run(base: Path) -> Finished:
     """The run, made at first use.
 
     Args:
-        base: pytest's base folder, the same for a whole session.
+        base: pytest's base folder, the same for a whole session; xdist gives each of its processes one inside it.
     """
-    folder = base / "tiny-recipe"
-    tree = write_tau_tree(folder / "tree")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUM_CACHE", str(folder / "cache"))
-        outcome = run(recipe(tree), folder / "out")
-    return Finished(tree, folder / "cache", folder / "out", outcome)
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-recipe"
+    told = folder / "outcome.json"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not told.exists():
+            write_tau_tree(folder / "tree")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("AUM_CACHE", str(with_kernel(folder / "cache")))
+                made = run(recipe(folder / "tree"), folder / "out")
+            bundles = {name: str(bundle.path) for name, bundle in made.bundles.items()}
+            told.write_text(json.dumps({"report": made.report, "folder": str(made.folder), "bundles": bundles}))
+    found = json.loads(told.read_text())
+    bundles = {name: read_bundle(Path(path)) for name, path in found["bundles"].items()}
+    outcome = Outcome(found["report"], Path(found["folder"]), bundles)
+    return Finished(folder / "tree", folder / "cache", folder / "out", outcome)
 
 
 def write_recipe(folder: Path, tree: Path, **changes) -> Path:
