@@ -252,9 +252,10 @@ def _families(wanted: Wanted) -> Iterator[tuple[int, list[Student]]]:
 
 def _family(wanted: Wanted, alike: list[Stem], d_model: int, choices: list[Block]) -> tuple[int, list[Student]]:
     """Every one of the stems, which make the same tokens, with every one of the blocks at every depth."""
-    # what a block costs depends on its tokens, not on who made them
-    singles = [_cost(wanted, alike[0], d_model, block, 1) for block in choices]
-    each = [_cost(wanted, alike[0], d_model, block, 2).plus(one, -1) for block, one in zip(choices, singles)]
+    # what a block costs depends on its tokens, not on who made them; what is around it depends on no block
+    one, two = (_cost(wanted, alike[0], d_model, choices[0], depth) for depth in (1, 2))
+    around = one.plus(two.plus(one, -1), -1)
+    each = [_cost(wanted, alike[0], d_model, block, 1).plus(around, -1) for block in choices]
     fitting = []
     for stem in alike:
         rest = _cost(wanted, stem, d_model, choices[0], 1).plus(each[0], -1)
