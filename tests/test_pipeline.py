@@ -5,7 +5,7 @@ import shutil
 
 import onnxruntime
 import pytest
-from tiny_recipe import TRAIN, finished_run, raw_recipe, recipe
+from tiny_recipe import ONE_FILE, TRAIN, finished_run, raw_recipe, recipe
 
 from aum_compress.bundle import file_sha256, read_bundle
 from aum_compress.errors import AumError, BudgetExceeded, BundleError, DataError, VerificationFailed
@@ -35,10 +35,22 @@ def finished(finished_once):
     return finished_once.out, finished_once.outcome
 
 
+@pytest.fixture(scope="module")
+def shorter(finished_once, tmp_path_factory):
+    """The same run with `ONE_FILE`."""
+    out = tmp_path_factory.mktemp("shorter") / "out"
+    shutil.copytree(finished_once.out, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUM_CACHE", str(finished_once.cache))
+        run(recipe(finished_once.tree, **ONE_FILE), out)
+    return out
+
+
 @pytest.fixture
-def copied(finished, tmp_path):
+def copied(shorter, tmp_path):
+    """To be altered, and gone on with as `recipe(tree, **ONE_FILE)`."""
     out = tmp_path / "copy"
-    shutil.copytree(finished[0], out)
+    shutil.copytree(shorter, out)
     return out
 
 
@@ -108,14 +120,14 @@ def test_pruning_shows_in_the_configuration(finished):
 
 def test_second_run_does_nothing(copied, tree):
     before = stamps(copied)
-    outcome = run(recipe(tree), copied)
+    outcome = run(recipe(tree, **ONE_FILE), copied)
     assert stamps(copied) == before
     assert outcome.report["gated"] == "model-int8.onnx"
 
 
 def test_changed_section_runs_its_stage_and_those_behind(copied, tree):
     before = {name: read_bundle(copied / "runs" / "tiny" / name).sha256 for name in STAGES}
-    run(recipe(tree, quantize={"calibration_clips": 8}), copied)
+    run(recipe(tree, quantize={"calibration_clips": 8}, **ONE_FILE), copied)
     after = {name: read_bundle(copied / "runs" / "tiny" / name) for name in STAGES}
     assert [name for name in STAGES if after[name].sha256 != before[name]] == ["06-quantize", "07-export"]
     assert after["06-quantize"].card.notes == {"calibration_clips": 8, "saturating_pairs": 0}
@@ -126,7 +138,7 @@ def test_killed_between_stages_goes_on(copied, tree, finished):
     for name in ("06-quantize", "07-export"):
         shutil.rmtree(copied / "runs" / "tiny" / name)
     before = {name: read_bundle(copied / "runs" / "tiny" / name).card.created for name in STAGES[:4]}
-    outcome = run(recipe(tree), copied)
+    outcome = run(recipe(tree, **ONE_FILE), copied)
     assert {name: stamps(copied)[name] for name in STAGES[:4]} == before
     wanted = finished[1].report["road"][-1]
     assert outcome.report["road"][-1]["test"] == wanted["test"], "the same result as the unbroken run"
@@ -138,7 +150,7 @@ def test_altered_bundle_stops_the_run_with_the_file_named(copied, tree):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"02-teacher: files differ.*\n.*model.safetensors: altered"):
-        run(recipe(tree), copied)
+        run(recipe(tree, **ONE_FILE), copied)
 
 
 def test_until_stops_early(tree, tmp_path):
@@ -152,37 +164,39 @@ def test_until_stops_early(tree, tmp_path):
 def test_over_budget_exports_nothing_and_names_the_largest(copied, tree):
     shutil.rmtree(copied / "exports")
     size = read_bundle(copied / "runs" / "tiny" / "06-quantize").card.budget["param_bytes"]
-    run(recipe(tree, budget={"max_param_bytes": size}), copied)
+    run(recipe(tree, budget={"max_param_bytes": size}, **ONE_FILE), copied)
     shutil.rmtree(copied / "exports")
     with pytest.raises(BudgetExceeded, match=rf"{size:,} bytes of parameters.*over by 1\); largest: "):
-        run(recipe(tree, budget={"max_param_bytes": size - 1}), copied)
+        run(recipe(tree, budget={"max_param_bytes": size - 1}, **ONE_FILE), copied)
     assert not (copied / "exports").exists()
 
 
-def test_failed_verification_publishes_nothing(copied, tree, monkeypatch):
-    shutil.rmtree(copied / "exports")
+def test_failed_verification_publishes_nothing(finished, tree, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "exports")
     monkeypatch.setattr("aum_compress.export.verify.run_session", lambda session, x: run_session(session, x) + 0.1)
     with pytest.raises(VerificationFailed, match=r"model-fp32.onnx .*FAILED"):
-        run(recipe(tree), copied)
-    assert not (copied / "exports").exists()
+        run(recipe(tree), out)
+    assert not (out / "exports").exists()
 
 
 def test_without_verify_the_report_says_so(tree, copied):
-    outcome = run(recipe(tree, verify=None), copied)
+    outcome = run(recipe(tree, verify=None, **ONE_FILE), copied)
     assert outcome.report["verification"] == {}
 
 
 def test_fp16_lane_without_quantisation(tree, copied):
-    outcome = run(recipe(tree, quantize=None, export={"precisions": ["fp32", "fp16"]}), copied)
+    outcome = run(recipe(tree, quantize=None, export={"precisions": ["fp32", "fp16"], "waveform": False}), copied)
     assert outcome.report["gated"] == "model-fp16.onnx"
     assert [row["stage"] for row in outcome.report["road"]][-2:] == ["fp32", "fp16"]
 
 
 def test_student_trained_on_labels_alone(tree, tmp_path):
     student = raw_recipe(tree)["student"] | {"train": TRAIN}
-    plain = recipe(tree, reference=None, teacher=None, distill=None, prune=None, student=student)
+    plain = recipe(tree, reference=None, teacher=None, distill=None, prune=None, student=student, **ONE_FILE)
     outcome = run(plain, tmp_path)
-    assert [row["stage"] for row in outcome.report["road"]] == ["student", "quantize", "fp32", "fp16", "int8"]
+    assert [row["stage"] for row in outcome.report["road"]] == ["student", "quantize", "int8"]
 
 
 def test_road_without_validation_clips(tree, tmp_path):
@@ -191,9 +205,9 @@ def test_road_without_validation_clips(tree, tmp_path):
     changes = {key: base[key] | {"train": last} for key in ("teacher", "distill")}
     changes |= {"data": base["data"] | {"validation_fraction": 0}, "prune": base["prune"] | {"finetune": last}}
     changes["distill"] |= {"teachers": ["teacher"]}
-    outcome = run(recipe(tree, reference=None, **changes), tmp_path)
+    outcome = run(recipe(tree, reference=None, **changes, **ONE_FILE), tmp_path)
     assert outcome.report["data"]["validation"] == 0
-    assert [row["validation_accuracy"] for row in outcome.report["road"]] == [None] * 7
+    assert [row["validation_accuracy"] for row in outcome.report["road"]] == [None] * 5
     assert outcome.bundles["quantize"].card.metrics["train_sqnr_db"] > 10
     assert outcome.bundles["distill"].card.notes["kept_epoch"] == TRAIN["epochs"]
     assert (outcome.folder / "report.html").is_file()
