@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import answer, message, record
-from tiny_recipe import TRAIN, command, raw_recipe, recipe, write_recipe
+from tiny_recipe import ONE_FILE, TRAIN, command, raw_recipe, recipe, write_recipe
 
 from aum_compress.bundle import read_bundle
 from aum_compress.device_names import GENERAL
@@ -34,7 +34,7 @@ def packed(finished, tmp_path_factory):
     shutil.copytree(finished.out, out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUM_CACHE", str(finished.cache))
-        outcome = run(recipe(finished.tree, devices=DEVICES), out)
+        outcome = run(recipe(finished.tree, devices=DEVICES, **ONE_FILE), out)
     return out, outcome.report
 
 
@@ -123,7 +123,7 @@ def test_the_pack_is_checked_measured_and_packed_by_the_verbs(packed, finished, 
 def test_second_run_does_nothing(copied, finished):
     before, pack = made(copied), (copied / "exports" / "tiny-devices" / PACK).read_text()
     published = (copied / "exports" / "tiny" / "bundle.json").read_bytes()
-    run(recipe(finished.tree, devices=DEVICES), copied)
+    run(recipe(finished.tree, devices=DEVICES, **ONE_FILE), copied)
     assert made(copied) == before
     assert (copied / "exports" / "tiny-devices" / PACK).read_text() == pack
     assert (copied / "exports" / "tiny" / "bundle.json").read_bytes() == published
@@ -134,7 +134,7 @@ def test_killed_between_devices_it_goes_on_there(copied, finished, packed):
     shutil.rmtree(copied / "exports" / "tiny-devices")
     for path in ("b/02-quantize", "s1"):
         shutil.rmtree(copied / "runs" / "tiny" / "08-devices" / path)
-    outcome = run(recipe(finished.tree, devices=DEVICES), copied)
+    outcome = run(recipe(finished.tree, devices=DEVICES, **ONE_FILE), copied)
     after = made(copied)
     kept = [name for name in before if after[name] == before[name]]
     assert {"a/01-finetune", "a/02-quantize", "b/01-finetune"} <= set(kept)
@@ -143,23 +143,24 @@ def test_killed_between_devices_it_goes_on_there(copied, finished, packed):
 
 def test_fewer_devices_are_named_and_others_keep_the_general_model(copied, finished):
     before = made(copied)
-    outcome = run(recipe(finished.tree, devices=DEVICES | {"names": ["s1"]}), copied)
+    outcome = run(recipe(finished.tree, devices=DEVICES | {"names": ["s1"]}, **ONE_FILE), copied)
     assert [model["device"] for model in outcome.report["devices"]["models"]] == ["s1"]
     pack = read_pack(copied / "exports" / "tiny-devices")
     assert [pack.model_for(name) for name in ("a", "s1", "s4", "never heard of")] == [GENERAL, "s1", GENERAL, GENERAL]
     assert made(copied) == before, "and no model was trained again"
-    without = run(recipe(finished.tree), copied)
+    without = run(recipe(finished.tree, **ONE_FILE), copied)
     assert without.report["devices"] is None
 
 
 def test_a_device_s_model_over_budget_stops_the_run(copied, finished, monkeypatch):
     size = read_bundle(copied / "runs" / "tiny" / "06-quantize").card.budget["param_bytes"]
     shutil.rmtree(copied / "exports")
+    over = recipe(finished.tree, devices=DEVICES, budget={"max_param_bytes": size - 1}, **ONE_FILE)
     with pytest.raises(BudgetExceeded):
-        run(recipe(finished.tree, devices=DEVICES, budget={"max_param_bytes": size - 1}), copied)
+        run(over, copied)
     monkeypatch.setattr("aum_compress.pipeline.enforce", lambda report: None)
     with pytest.raises(BudgetExceeded, match="3 of 3 models of the pack") as caught:
-        run(recipe(finished.tree, devices=DEVICES, budget={"max_param_bytes": size - 1}), copied)
+        run(over, copied)
     assert "model for s1: " in str(caught.value)
     assert not (copied / "exports").exists()
 
