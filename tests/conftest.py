@@ -13,17 +13,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread 
 SLOWEST = (
     "test_pipeline.py",
     "test_budget_witnesses.py",
-    "test_distributed.py",
-    "test_devices.py",
     "test_docs.py",
+    "test_devices.py",
     "test_cli_files.py",
     "test_submission.py",
-    "test_interrupted.py",
     "test_plan.py",
-    "test_scan_forms.py",
+    "test_distributed.py",
+    "test_interrupted.py",
+    "test_budget_onnx.py",
 )
-"""Files that take the longest, the longest first: one of them that starts last is waited for by processes without work.
-The first two do not both wait for the run that `finished` makes."""
+"""Files that take the longest, first: one of them that starts last is waited for by processes without work. The second
+one does not need the run that `finished` makes, which the first one is making then."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
