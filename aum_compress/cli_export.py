@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from aum_compress.cli_options import Precision
 from aum_compress.console import say
 from aum_compress.errors import AumError
 from aum_compress.recipe_checks import CUMULATIVE_SUM, NO_CUMULATIVE_SUM
@@ -32,6 +31,14 @@ def _scan_form(word: str) -> Scan:
     return Scan(word)
 
 
+class FilePrecision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    int4 = "int4"
+    mixed = "mixed"
+
+
 class Format(StrEnum):
     onnx = "onnx"
     ort = "ort"
@@ -48,7 +55,7 @@ def export(
         Path, typer.Option("--to", metavar="DIR", help="Folder to write; of a bundle's export, replaced as a whole.")
     ],
     precision: Annotated[
-        list[Precision] | None,
+        list[FilePrecision] | None,
         typer.Option(help="fp32 or fp16 of a float bundle; a quantised one has its own. Repeatable."),
     ] = None,
     reads: Annotated[

@@ -119,6 +119,8 @@ def add_front_end(source: Path, folder: Path, input_rate_hz: int | None) -> tupl
     The source is verified first, and the new file on the golden arrays that stand beside the source, so that a wrong
     model does not pass because it is compared with itself.
 
+    A card for people and those arrays go beside it, where there are none yet.
+
     Returns:
         the new file, and whether there were golden arrays to hold the model against.
 
@@ -138,4 +140,7 @@ def add_front_end(source: Path, folder: Path, input_rate_hz: int | None) -> tupl
         write_waveform_file(source, written, input_rate_hz)
         replace(verify_onnx(written, golden=golden), path=target).enforce()
         os.replace(written, target)
+    for name, content in ((MODEL_CARD, model_card([target]).encode()), (GOLDEN, golden and stored.read_bytes())):
+        if content and not (folder / name).exists():  # what lies there is of an export of its own
+            (folder / name).write_bytes(content)
     return target, golden is not None

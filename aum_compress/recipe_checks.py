@@ -11,6 +11,8 @@ NO_CUMULATIVE_SUM = (
     "fallen by 89, as dt 0.2 and A -16 make it in 28 tokens; clamping exp(s) hides that and stays wrong. Wanted scan, "
     "chunked, unrolled (docs/latency.md)"
 )
+NOT_IN_ORT_FORMAT = frozenset(("int4", "mixed"))
+NO_ORT_FORMAT = "onnxruntime cannot read weights of 4 bits back from its own format; leave it out, or the format"
 NO_BLOCKS = "train.activation_checkpointing: works on Mamba blocks, and cp-mobile has none"
 
 
@@ -24,6 +26,8 @@ def misfits(recipe: Any) -> list[str]:
     needing = recipe.distill or recipe.prune or recipe.quantize or recipe.devices or recipe.export
     if recipe.student is None and needing and not from_teacher:
         problems.append("student: needed by distill, prune, quantize, devices and export")
+    if recipe.export and recipe.export.ort and (narrow := NOT_IN_ORT_FORMAT.intersection(recipe.export.precisions)):
+        problems.append(f"export.ort: {', '.join(sorted(narrow))}: {NO_ORT_FORMAT}")
     if recipe.devices and recipe.data.kind == "folders":
         problems.append("devices: class folders do not say which device recorded; wanted data in TAU's layout")
     if from_teacher and recipe.teacher is None:

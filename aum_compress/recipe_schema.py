@@ -342,8 +342,9 @@ class ExportSection(Section):
 class VerifySection(Section):
     """Each file against the model that it was made of, in onnxruntime; what differs ends the run with exit code 4."""
 
-    clips: Annotated[int, Field(ge=0)] = 64
-    """Test clips to compare on, beside golden, random, silent and full-scale inputs."""
+    clips: Annotated[int, Field(ge=0)] = 256
+    """Test clips to compare on, beside golden, random, silent and full-scale inputs. From 200 on an int8 file has to
+    name the very same class as its model on 99.5 % of them."""
 
 
 class Recipe(Section):

@@ -257,6 +257,10 @@ def test_front_end_is_put_into_an_exported_file(exports, tmp_path):
     text = answer("export", source, "--to", to, "--input", "waveform", "--input-rate", "48000")
     assert text == f"{to / 'model-int8-waveform.onnx'}  verified\n"
     assert onnx.load(to / "model-int8-waveform.onnx").graph.input[0].name == "waveform"
+    assert "| `model-int8-waveform.onnx` | waveform |" in (to / "MODEL_CARD.md").read_text()
+    proof = answer("verify", to / "model-int8-waveform.onnx")
+    assert "PASSED" in proof
+    assert "note golden logits alone: labels, values of the front-end and each weight by itself" in proof
     assert "only gets its front-end inside" in message("export", source, "--to", to, "--precision", "int8")
     assert "reads waveform already" in message("export", exports / "model-int8-waveform.onnx", "--to", to)
 
@@ -268,7 +272,8 @@ def test_a_wrong_file_gets_no_front_end(exports, tmp_path):
     assert answer(*words).endswith(
         "-waveform.onnx  front-end verified; no golden.npz beside model-fp32.onnx says whether its model is right\n"
     )
-    (to / "model-fp32-waveform.onnx").unlink()
+    assert {path.name for path in to.iterdir()} == {"model-fp32-waveform.onnx", "MODEL_CARD.md"}
+    shutil.rmtree(to)
     shutil.copy(exports / "golden.npz", tmp_path)
     assert f"{source}: is not what golden logits says" in message(*words, code=4)
     assert list(to.iterdir()) == []

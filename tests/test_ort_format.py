@@ -26,6 +26,13 @@ def test_runtime_reads_either_format(write, precision, tmp_path):
     assert not list(tmp_path.glob("tmp*")), "nothing is left of the writing"
 
 
+def test_weights_of_4_bits_are_refused_with_the_reason(tmp_path):
+    source = written(tmp_path, "int4")
+    with pytest.raises(ModelFileError, match=r"weight has 4 bits a weight, which onnxruntime cannot read back"):
+        write_ort(source, source.with_suffix(".ort"))
+    assert not source.with_suffix(".ort").exists()
+
+
 def test_operators_of_a_student_are_few(tmp_path):
     files = [written(tmp_path, "int8"), written_waveform(tmp_path, "int8")]
     for path in files:

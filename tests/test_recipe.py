@@ -103,6 +103,10 @@ def test_pruning_says_all_its_defaults(minimal):
         (["features.window_samples=9999"], "features: window_samples 9999 must be at most n_fft 4096"),
         (["export.dynamic_batch=true"], "export.precisions: int8 needs a quantize section"),
         (["student.train=null"], "student.train: needed"),
+        (
+            ["quantize={weights: int4-weight}", "export={ort: true, precisions: [int4]}"],
+            "export.ort: int4: onnxruntime cannot read weights of 4 bits back from its own format",
+        ),
         (["distill.train.epochs=1"], "distill.teachers: names teacher, but the recipe has no section teacher"),
         (
             ["distill.train={epochs: 1, label_smoothing: 0.1}", "distill.teachers=[some/bundle]"],

@@ -14,11 +14,13 @@ from tiny_recipe import command
 from aum_compress.budget.check_onnx import check_onnx
 from aum_compress.export.onnx_writer import export_onnx, fold_if_needed
 from aum_compress.export.scan_forms import FORMS
-from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAMES, scan_function, scan_name
+from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_NAMES, scan_function
+from aum_compress.export.ssd_function import ssd_function
 from aum_compress.export.verify import Reference, verify_onnx
 from aum_compress.models.config import BlockConfig
 from aum_compress.models.factory import build_model
 from aum_compress.models.scan import selective_scan_oracle, two_way_scan
+from aum_compress.models.ssd import ssd, ssd_oracle
 
 CONTROL_FLOW = {"Scan", "Loop", "If"}
 KINDS = st.sampled_from(list(SCAN_NAMES))
@@ -61,14 +63,19 @@ def oracle(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def run(kind: str, form: str, tensors: dict[str, torch.Tensor]) -> np.ndarray:
     length = tensors["u"].shape[1]
+    return run_function(scan_function(20, kind, form, length), tensors)
+
+
+def run_function(function: onnx.FunctionProto, tensors: dict[str, torch.Tensor]) -> np.ndarray:
     feeds = {name: tensor.float().numpy() for name, tensor in tensors.items()}
     float32 = onnx.TensorProto.FLOAT
     inputs = [onnx.helper.make_tensor_value_info(name, float32, [None] * t.ndim) for name, t in feeds.items()]
-    output = onnx.helper.make_tensor_value_info("y", float32, [None] * 3)
-    call = onnx.helper.make_node(scan_name(kind, form, length), list(feeds), ["y"], domain=SCAN_DOMAIN)
+    n_axes = next(iter(feeds.values())).ndim
+    output = onnx.helper.make_tensor_value_info("y", float32, [None] * n_axes)
+    call = onnx.helper.make_node(function.name, list(feeds), ["y"], domain=SCAN_DOMAIN)
     proto = onnx.helper.make_model(
         onnx.helper.make_graph([call], "scan", inputs, [output]),
-        functions=[scan_function(20, kind, form, length)],
+        functions=[function],
         opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(SCAN_DOMAIN, 1)],
         ir_version=10,
     )
@@ -111,6 +118,31 @@ def test_the_refused_form_is_not_finite_where_ours_are_exact():
     assert not torch.isfinite(torch.exp(-sums)).all()
     for form in FORMS:
         assert relative_error(run("one-way", form, tensors), oracle(tensors)) < 1e-5
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize(("length", "steps"), [(12, 0.3), (40, 5.0), (144, 5.0), (513, 30.0)])
+def test_ssd_is_the_oracle_even_behind_steps_so_large_that_float32_sums_lose_the_small_ones(two_way, length, steps):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x": (1, length, 2, 3),
+        "dt": (1, length, 2),
+        "A": (2,),
+        "B": (1, length, 4),
+        "C": (1, length, 4),
+        "D": (2,),
+    }
+    tensors = {name: torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
+    tensors["A"] = torch.tensor([-1.0, -8.0], dtype=torch.float64)
+    tensors["dt"] = (torch.rand(shapes["dt"], generator=generator) * steps).double()
+    tensors["dt"][:, length // 2 :] = torch.tensor(0.01).double()
+    wanted = ssd_oracle(*tensors.values(), two_way)
+    small = slice(length // 2 + 1, None)
+    with torch.no_grad():
+        torch_s = ssd(*(t.float() for t in tensors.values()), two_way).numpy()
+    for found in (run_function(ssd_function(20, two_way), tensors), torch_s):
+        assert relative_error(found, wanted) < 1e-5
+        assert relative_error(found[:, small], wanted[:, small]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["cumsum", "cumulative", "cumulative-sum"])

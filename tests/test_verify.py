@@ -217,6 +217,7 @@ def test_bundle_beside_the_file_is_compared(tmp_path):
         verification = verify_onnx(folder / name)
         assert verification.passed, "\n".join(verification.lines())
         assert verification.reference == "golden logits"
+        assert not any("golden logits alone" in note for note in verification.warnings), "the card is there"
         assert {"bundle card", "labels of the bundle card", "golden"} <= {check.name for check in verification.checks}
 
     alter(folder / "model-fp32.onnx", set_metadata(labels=(*LABELS[:2], LABELS[3], LABELS[2])))

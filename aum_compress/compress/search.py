@@ -24,8 +24,6 @@ from aum_compress.models.storage import WeightStorage
 from aum_compress.recipe_schema import QuantizeSection
 
 Choice = WeightStorage | Literal["fp16"]
-MOST_TRIED = 16
-"""Moves that are tried one by one behind the first that costs too much."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _fewest_bytes(
             bad = middle
         middle = (good + bad) // 2
     chosen, rolled_back = _along(start, road[:good]), []
-    for layer, choice in road[good : good + MOST_TRIED]:
+    for layer, choice in road[good:]:
         if layer in rolled_back:
             continue
         # the first one is known to cost too much

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from aum_compress.errors import ModelFileError, VerificationFailed
+from aum_compress.export.onnx_file import load_onnx
 from aum_compress.export.runtime import open_session, read_metadata, run_session
 from aum_compress.export.verification import TOLERANCES, compare
 
@@ -25,9 +27,15 @@ def write_ort(source: Path, target: Path) -> None:
     its tables, which the ONNX file computes at load: it is larger by two megabytes at n_fft 4096.
 
     Raises:
-        ModelFileError: a source that onnxruntime does not load, or a target that cannot be written.
+        ModelFileError: a source that onnxruntime does not load, or with weights of 4 bits; or a target
+            that cannot be written.
         VerificationFailed: the new file computes something else than its source.
     """
+    if narrow := [t.name for t in load_onnx(source).graph.initializer if t.data_type == onnx.TensorProto.INT4]:
+        raise ModelFileError(
+            f"{source}: {narrow[0]} has 4 bits a weight, which onnxruntime cannot read back from its own format; ship "
+            "the .onnx file, or quantise to int8"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL

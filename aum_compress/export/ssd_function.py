@@ -18,7 +18,8 @@ _TEXT = """
 {{
     exponents = Mul (dt, A)
     token_axis = Constant <value_int = 1> ()
-    sums = CumSum (exponents, token_axis)
+    wide_exponents = Cast <to = 11> (exponents)
+    sums = CumSum (wide_exponents, token_axis)
     sums_by_head = Transpose <perm = [0, 2, 1]> (sums)
     last = Constant <value_ints = [-1]> ()
     before_last = Constant <value_ints = [2]> ()
@@ -26,7 +27,8 @@ _TEXT = """
     sums_row = Unsqueeze (sums_by_head, before_last)
     differences = Sub (sums_column, sums_row)
     distances = Abs (differences)
-    negative = Neg (distances)
+    wide_negative = Neg (distances)
+    negative = Cast <to = 1> (wide_negative)
     all_decays = Exp (negative)
     {causal}
 

@@ -21,7 +21,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, two_w
         x: (B,L,H,P). dt: (B,L,H), positive. A: (H,), negative. B, C: (B,L,N). D: (H,).
 
     Returns:
-        (B,L,H,P), in the dtype of `x`; the decays are computed in float32 under any autocast.
+        (B,L,H,P), in the dtype of `x`; the decays are computed in float32 under any autocast, their exponents summed in
+        float64.
     """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = (t.to(work) for t in (x, dt, A, B, C, D))
@@ -52,9 +53,10 @@ def _loop(x: Tensor, dt: Tensor, decay_dt: Tensor, A: Tensor, B: Tensor, C: Tens
 
 
 def _mix(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, two_way: bool) -> Tensor:
-    sums = torch.cumsum(dt * A, dim=1).transpose(1, 2)  # (B,H,L)
+    # in float64: behind large steps, small ones would be the rounding of a difference of large sums
+    sums = torch.cumsum((dt * A).double(), dim=1).transpose(1, 2)  # (B,H,L)
     # of a difference, never exp(s_i) * exp(-s_j), which overflows for ordinary step sizes
-    decays = torch.exp(-(sums[..., :, None] - sums[..., None, :]).abs())
+    decays = torch.exp(-(sums[..., :, None] - sums[..., None, :]).abs().to(x.dtype))
     if not two_way:
         decays = decays.tril()
     weights = decays * (C @ B.transpose(1, 2))[:, None]
