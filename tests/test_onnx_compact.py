@@ -95,10 +95,11 @@ def test_weights_of_what_may_become_a_gemm_have_a_zero_point_for_each_scale(name
     makers = {made: node for node in function.node for made in node.output}
     (widened,) = (node for node in function.node if node.input[0] == "weight")
     assert list(widened.input[:2]) == ["weight", "weight_scale"]
-    cast = makers[widened.input[2]]
-    assert (cast.op_type, onnx.helper.get_node_attr_value(cast, "to")) == ("Cast", onnx.TensorProto.INT8)
-    zeros = makers[cast.input[0]]
-    assert (zeros.op_type, list(zeros.input)) == ("Sub", ["weight_scale", "weight_scale"])
+    zeros = makers[widened.input[2]]
+    value = onnx.numpy_helper.to_array(onnx.helper.get_node_attr_value(zeros, "value"))
+    assert (zeros.op_type, value.dtype, value.item()) == ("ConstantOfShape", np.int8, 0)
+    shape = makers[zeros.input[0]]
+    assert (shape.op_type, list(shape.input)) == ("Shape", ["weight_scale"])
 
 
 def test_student_of_128_kb_is_a_file_of_160_kb_at_most(tmp_path):

@@ -51,8 +51,11 @@ _LAYERS = {
     "Int8MatMul": _Layer("MatMul", has_bias=False, weight_axis=1),
 }
 """Name of a function -> what it stands for; of two with the same operator the first that fits is taken."""
-_ZERO_POINTS = ("no_scale = Sub (weight_scale, weight_scale)", "weight_zero_point = Cast <to = 3> (no_scale)")
-"""Made of the scales when a session opens, so that none is stored."""
+_ZERO_POINTS = (
+    "n_scales = Shape (weight_scale)",
+    "weight_zero_point = ConstantOfShape <value = int8[1] {0}> (n_scales)",
+)
+"""As many as scales, made when a session opens, so that none is stored."""
 _ROUNDING = (
     "step = Mul (input_scale, weight_scale)",
     "bias_steps = Div (wide_bias, step)",
