@@ -32,7 +32,6 @@ KINDS = {
     "batch normalisation": ("batch_norm",),
     "ReLU": ("clamp_min", "threshold", "relu"),
     "scan": ("selective_scan", "two_way_scan"),
-    "convolution of a block": ("causalconvolution",),
     "linear": ("mm", "linear"),
     "copies and flips": ("copy_", "flip", "contiguous", "clone"),
     "optimiser": ("adam", "foreach", "_norm"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import answer, message, record
-from tiny_recipe import ONE_FILE, TRAIN, command, raw_recipe, recipe, write_recipe
+from tiny_recipe import ONE_FILE, TRAIN, changed_copy, command, raw_recipe, recipe, write_recipe
 
 from aum_compress.bundle import read_bundle
 from aum_compress.device_names import GENERAL
@@ -31,11 +31,7 @@ pytestmark = pytest.mark.usefixtures("cache_of_finished")
 def packed(finished, tmp_path_factory):
     """The finished run with the stage `devices` on top: its folder, and the report."""
     out = tmp_path_factory.mktemp("devices") / "out"
-    shutil.copytree(finished.out, out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUM_CACHE", str(finished.cache))
-        outcome = run(recipe(finished.tree, devices=DEVICES, **ONE_FILE), out)
-    return out, outcome.report
+    return out, changed_copy(finished, out, devices=DEVICES, **ONE_FILE).report
 
 
 @pytest.fixture

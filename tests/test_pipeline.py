@@ -5,7 +5,7 @@ import shutil
 
 import onnxruntime
 import pytest
-from tiny_recipe import ONE_FILE, TRAIN, finished_run, raw_recipe, recipe
+from tiny_recipe import ONE_FILE, TRAIN, changed_copy, finished_run, raw_recipe, recipe
 
 from aum_compress.bundle import file_sha256, read_bundle
 from aum_compress.errors import AumError, BudgetExceeded, BundleError, DataError, VerificationFailed
@@ -39,10 +39,7 @@ def finished(finished_once):
 def shorter(finished_once, tmp_path_factory):
     """The same run with `ONE_FILE`."""
     out = tmp_path_factory.mktemp("shorter") / "out"
-    shutil.copytree(finished_once.out, out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUM_CACHE", str(finished_once.cache))
-        run(recipe(finished_once.tree, **ONE_FILE), out)
+    changed_copy(finished_once, out, **ONE_FILE)
     return out
 
 

@@ -81,6 +81,14 @@ class Finished:
     outcome: Outcome
 
 
+def changed_copy(finished: Finished, out: Path, **changes) -> Outcome:
+    """That run copied to `out` and gone on with, with these sections changed."""
+    shutil.copytree(finished.out, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUM_CACHE", str(finished.cache))
+        return run(recipe(finished.tree, **changes), out)
+
+
 @cache
 def finished_run(base: Path) -> Finished:
     """The run, made at first use.

@@ -5,13 +5,14 @@ names. A call names its tensors and nothing else. Runtimes inline it; the tensor
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
 from onnx import helper
 
+from aum_compress.export.onnx_compact import put_calls
 from aum_compress.export.scan_function import SCAN_DOMAIN, SCAN_VERSION
 
 _IN_BLOCK = re.compile(r"(layers\.\d+)[./]")
@@ -36,7 +37,7 @@ class _Piece:
     def kind(self) -> bytes:
         """Equal for blocks that compute the same of their inputs: what the nodes are and how they are joined."""
         places = {name: f"in{number}" for number, name in enumerate(self.inputs)}
-        function = onnx.FunctionProto(output=[])
+        function = onnx.FunctionProto()
         for node in self.nodes:
             places |= {name: f"v{len(places) + place}" for place, name in enumerate(node.output) if name}
             function.node.append(_renamed(node, self.relative(node.name), places))
@@ -47,30 +48,22 @@ class _Piece:
 def outline_blocks(proto: onnx.ModelProto) -> None:
     """Puts a call in place of each block of which a file has several alike, in place; a finished, compact graph.
 
-    A block is what the nodes `layers.<number>` and the tensors of that name make, whatever the widths.
+    A block is what the nodes `layers.<number>` and the tensors of that name make; alike are those whose nodes,
+    attributes included, are.
     """
     alike: dict[bytes, list[_Piece]] = defaultdict(list)
     for piece in _pieces(proto.graph):
         alike[piece.kind()].append(piece)
     repeated = [pieces for pieces in alike.values() if len(pieces) > 1]
-    if not repeated:
-        return
     opset = [entry for entry in proto.opset_import if not entry.domain]
-    calls: dict[int, onnx.NodeProto] = {}
-    gone: set[int] = set()
+    calls = []
     for number, pieces in enumerate(repeated, 1):
         name = f"{FUNCTION}{number}"
         proto.functions.append(_function(name, pieces[0], proto.graph, opset))  # behind those that it calls
         for piece in pieces:
             call = helper.make_node(name, piece.inputs, piece.outputs, piece.name, domain=SCAN_DOMAIN)
-            calls[id(piece.nodes[-1])] = call
-            gone.update(map(id, piece.nodes))
-    nodes = [calls.get(id(node), node) for node in proto.graph.node if id(node) in calls or id(node) not in gone]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del proto.graph.node[:]
-    proto.graph.node.extend(kept)
-    if SCAN_DOMAIN not in {entry.domain for entry in proto.opset_import}:
-        proto.opset_import.append(helper.make_opsetid(SCAN_DOMAIN, SCAN_VERSION))
+            calls.append((piece.nodes, call))
+    put_calls(proto, calls)
 
 
 def _pieces(graph: onnx.GraphProto) -> Iterator[_Piece]:
@@ -80,7 +73,7 @@ def _pieces(graph: onnx.GraphProto) -> Iterator[_Piece]:
         # a Cast that widens a stored tensor has no name
         if found := _IN_BLOCK.match(node.name or next(iter(node.input), "")):
             members[found[1]].append(place)
-    read_outside = {output.name: len(graph.node) for output in graph.output}
+    results = {output.name for output in graph.output}
     readers: dict[str, list[int]] = defaultdict(list)
     for place, node in enumerate(graph.node):
         for name in node.input:
@@ -89,7 +82,7 @@ def _pieces(graph: onnx.GraphProto) -> Iterator[_Piece]:
         nodes, own = [graph.node[place] for place in places], set(places)
         made = [name for node in nodes for name in node.output if name]
         outside = {name: [r for r in readers[name] if r not in own] for name in made}
-        outputs = [name for name in made if outside[name] or name in read_outside]
+        outputs = [name for name in made if outside[name] or name in results]
         has_body = any(attribute.HasField("g") or attribute.graphs for node in nodes for attribute in node.attribute)
         if has_body or any(reader < places[-1] for name in outputs for reader in outside[name]):
             continue
@@ -104,10 +97,8 @@ def _function(
     stored = {tensor.name for tensor in graph.initializer}
     formals: dict[str, str] = {}
     for number, given in enumerate(piece.inputs):
-        own = piece.relative(given) if given in stored else f"x{number}"
-        formals[given] = own
-    taken = Counter(formals.values())
-    assert taken.total() == len(taken), f"{name}: two inputs would have one name"
+        own = piece.relative(given)
+        formals[given] = own if given in stored and own not in formals.values() else f"x{number}"
     numbered = (made for node in piece.nodes for made in node.output if made)
     places = formals | {made: f"y{number}" for number, made in enumerate(numbered)}
     nodes = [_renamed(node, piece.relative(node.name), places) for node in piece.nodes]

@@ -8,7 +8,7 @@ it, and fuse what they fused before.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -98,13 +98,23 @@ def compact(proto: onnx.ModelProto) -> None:
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     for node in proto.graph.node:
         _drop_defaults(node, opset)
-    wrapped = _wrap_int8_layers(proto.graph)
+    wrapped = _wrap_int8_layers(proto)
     proto.functions.extend(int8_function(name, opset) for name in sorted(wrapped))
     for function in proto.functions:
         for node in function.node:
             _drop_defaults(node, opset)
     _shorten(proto.graph)
-    if wrapped and SCAN_DOMAIN not in {entry.domain for entry in proto.opset_import}:
+
+
+def put_calls(proto: onnx.ModelProto, replaced: Sequence[tuple[Sequence[onnx.NodeProto], onnx.NodeProto]]) -> None:
+    """Puts each call of one of our functions where the last of the nodes stands that it is to replace."""
+    calls = {id(nodes[-1]): call for nodes, call in replaced}
+    gone = {id(node) for nodes, _ in replaced for node in nodes}
+    nodes = [calls.get(id(node), node) for node in proto.graph.node if id(node) in calls or id(node) not in gone]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    if replaced and SCAN_DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(SCAN_DOMAIN, SCAN_VERSION))
 
 
@@ -144,26 +154,21 @@ def _shorten(graph: onnx.GraphProto) -> None:
             node.ClearField("name")
 
 
-def _wrap_int8_layers(graph: onnx.GraphProto) -> set[str]:
+def _wrap_int8_layers(proto: onnx.ModelProto) -> set[str]:
     """Calls in place of the nodes of int8 layers; returns the names of the functions."""
-    found = _Int8Layers(graph)
-    calls: dict[int, onnx.NodeProto] = {}
-    gone: set[int] = set()
-    for node in graph.node:
+    found = _Int8Layers(proto.graph)
+    calls: list[tuple[list[onnx.NodeProto], onnx.NodeProto]] = []
+    for node in proto.graph.node:
         for name, layer in _LAYERS.items():
             if node.op_type == layer.operator and not node.domain and (parts := found.parts(node, layer)):
                 inputs, replaced = parts
                 attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
                 given = {key: value for key, value in attributes.items() if key in layer.attributes}
                 call = helper.make_node(name, inputs, replaced[-1].output, node.name, domain=SCAN_DOMAIN, **given)
-                calls[id(replaced[-1])] = call
-                gone.update(map(id, replaced))
+                calls.append((replaced, call))
                 break
-    nodes = [calls.get(id(node), node) for node in graph.node if id(node) in calls or id(node) not in gone]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
-    return {call.op_type for call in calls.values()}
+    put_calls(proto, calls)
+    return {call.op_type for _, call in calls}
 
 
 class _Int8Layers:

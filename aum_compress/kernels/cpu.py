@@ -105,12 +105,19 @@ def _gradients(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     u, A, B = inputs["u"], inputs["A"], inputs["B"]
     batch, channels, _ = u.shape
     groups = _kernel().aum_scan_groups(channels)
+
+    def like_B() -> Tensor:
+        state, length = B.shape[1:]
+        if _is_by_token(u):
+            return u.new_empty(groups, batch, length, state).transpose(2, 3)
+        return u.new_empty(groups, batch, state, length)
+
     return {
         "du": torch.empty_like(u),  # and laid out like it
         "ddelta": torch.empty_like(u),
         "dA": u.new_empty(batch, *A.shape),
-        "dB": torch.empty_like(B.expand(groups, *B.shape)),
-        "dC": torch.empty_like(B.expand(groups, *B.shape)),
+        "dB": like_B(),
+        "dC": like_B(),
         "dD": None if inputs["D"] is None else u.new_empty(batch, channels),
         "dz": None if inputs["z"] is None else torch.empty_like(u),
         "dbias": None if inputs["bias"] is None else u.new_empty(batch, channels),

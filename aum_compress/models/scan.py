@@ -81,10 +81,10 @@ def two_way_scan(
 
 
 def _is_fused(*parts: Tensor | None) -> bool:
-    """The CPU kernel computes both directions of what they share in one."""
-    shared, of_back = parts[:8], parts[8:]
+    """Whether the CPU kernel computes both directions in one: where they read the same."""
+    *shared, u_back = parts[:9]
     on_cpu = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in shared)
-    return on_cpu and of_back[0] is None and build.library() is not None
+    return on_cpu and u_back is None and build.library() is not None
 
 
 def selective_scan_oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False) -> Tensor:
@@ -153,7 +153,8 @@ def _both_ways(
     C_back: Tensor | None,
     D_back: Tensor | None,
 ) -> Tensor:
-    """Each direction by itself, any device and type."""
+    if _is_fused(u, delta, A, B, C, D, z, A_back, u_back):
+        return cpu.two_way_forward(u, delta, A, B, C, D, z, A_back)
     y = selective_scan(u, delta, A, B, C, D, z, delta_softplus=True)
     if u_back is None:
         u_back, delta_back, B_back, C_back = (t.flip(-1) for t in (u, delta, B, C))
@@ -162,25 +163,7 @@ def _both_ways(
     return (y + turned.flip(-1)).contiguous()
 
 
-@torch.library.custom_op("aum_compress::two_way_scan", mutates_args=())
-def _two_way_node(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    A_back: Tensor,
-    u_back: Tensor | None,
-    delta_back: Tensor | None,
-    B_back: Tensor | None,
-    C_back: Tensor | None,
-    D_back: Tensor | None,
-) -> Tensor:
-    parts = (u, delta, A, B, C, D, z, A_back)
-    of_back = (u_back, delta_back, B_back, C_back, D_back)
-    return cpu.two_way_forward(*parts) if _is_fused(*parts, *of_back) else _both_ways(*parts, *of_back)
+_two_way_node = torch.library.custom_op("aum_compress::two_way_scan", _both_ways, mutates_args=())
 
 
 @torch.library.custom_op("aum_compress::two_way_scan_backward", mutates_args=())
