@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,6 +49,7 @@ EXPORT = {"waveform": False}
 FILES = {"fp32": "model-fp32.onnx", "fp16": "model-fp16.onnx", "int8": "model-int8.onnx"}
 BATCH = 256
 
+CP_MOBILE = {"preset": "cp-mobile"}
 STUDENT = {"preset": "student-int8"}
 EDGE_FRONT_END = front_end_of("student-edge").model_dump(mode="json")
 """What `student-edge` hears; every other network hears DCASE's 256 mel bins."""
@@ -59,6 +60,11 @@ CONVOLUTION = [
 ]
 """In place of the student's blocks: taps from end to end of 9 columns and 16 rows, and as many channels as take the
 bytes of the scan and its projections (91,281 bytes in all against 91,183)."""
+EDGE_CONVOLUTION = [
+    {"mixer": "conv", "d_inner": 72, "d_conv": 17, "along": "time"},
+    {"mixer": "conv", "d_inner": 72, "d_conv": 15, "along": "mel"},
+]
+"""The same for `student-edge`, 9 columns and 8 rows: 74,037 bytes in all against 74,163."""
 
 
 class Benchmark:
@@ -111,24 +117,22 @@ class Benchmark:
             "augment": augment,
         }
 
-    def bundle(self, config: str, stage: str) -> str:
-        return str(self.arguments.work / "runs" / self.name(config) / stage)
+    def bundle(self, config: str) -> Path:
+        """Where the trained network of a configuration lies."""
+        return self.arguments.work / "runs" / self.name(config) / TRAINED[_trained_by(self, config)]
 
-    def distillation(self) -> dict[str, Any]:
-        teachers = [self.bundle(config, "03-student") for config in TEACHERS]
-        return {"teachers": teachers, "lambda": 0.17, "temperature": 2, "train": self.training()}
+    def distillation(self, teachers: Sequence[str]) -> dict[str, Any]:
+        """Args: teachers: configurations."""
+        bundles = [str(self.bundle(config)) for config in teachers]
+        return {"teachers": bundles, "lambda": 0.17, "temperature": 2, "train": self.training()}
 
 
 def _cp_mobile(fold: Benchmark) -> dict[str, Any]:
-    return {"student": {"preset": "cp-mobile", "train": fold.own()}}
+    return {"student": CP_MOBILE | {"train": fold.own()}}
 
 
 def _cp_mobile_augmented(fold: Benchmark) -> dict[str, Any]:
-    return {"student": {"preset": "cp-mobile", "train": fold.training()}}
-
-
-def _cp_mobile_distilled(fold: Benchmark) -> dict[str, Any]:
-    return {"student": {"preset": "cp-mobile"}, "distill": fold.distillation()}
+    return {"student": CP_MOBILE | {"train": fold.training()}}
 
 
 def student(fold: Benchmark, network: dict[str, Any] = STUDENT, **augment: Any) -> dict[str, Any]:
@@ -137,8 +141,15 @@ def student(fold: Benchmark, network: dict[str, Any] = STUDENT, **augment: Any) 
     return {"student": network | {"train": train | {"augment": train["augment"] | augment}}}
 
 
-def _distilled(fold: Benchmark, network: dict[str, Any] = STUDENT) -> dict[str, Any]:
-    return {"student": network, "distill": fold.distillation()}
+def _distilled(
+    fold: Benchmark, network: dict[str, Any] = STUDENT, teachers: Sequence[str] | None = None
+) -> dict[str, Any]:
+    return {"student": network, "distill": fold.distillation(teachers or TEACHERS)}
+
+
+def _trained_by(fold: Benchmark, config: str) -> Literal["student", "distill"]:
+    """The stage of the recipe that trains a configuration."""
+    return "distill" if "distill" in CONFIGS[config][1](fold) else "student"
 
 
 def learning_int8(fold: Benchmark, epochs: int) -> dict[str, Any]:
@@ -157,9 +168,11 @@ def _learnt_int8(fold: Benchmark, config: str) -> dict[str, Any]:
     }
 
 
-def on_edge(sections: Callable[..., dict[str, Any]]) -> Callable[[Benchmark], dict[str, Any]]:
-    """The same of `student-edge`, on what it hears."""
-    return lambda fold: {"features": EDGE_FRONT_END} | sections(fold, EDGE)
+def on_edge(
+    sections: Callable[..., dict[str, Any]], network: dict[str, Any] = EDGE
+) -> Callable[[Benchmark], dict[str, Any]]:
+    """The same of `student-edge`, or of another network, on what it hears."""
+    return lambda fold: {"features": EDGE_FRONT_END} | sections(fold, network)
 
 
 Configs = dict[str, tuple[str, Callable[[Benchmark], dict[str, Any]]]]
@@ -167,7 +180,7 @@ CONFIGS: Configs = {
     "cp-mobile": ("CP-Mobile, its own recipe", _cp_mobile),
     "cp-mobile-augmented": ("CP-Mobile, our augmentation", _cp_mobile_augmented),
     "student": ("student, no distillation", student),
-    "cp-mobile-distilled": ("CP-Mobile, our teachers", _cp_mobile_distilled),
+    "cp-mobile-distilled": ("CP-Mobile, our teachers", partial(_distilled, network=CP_MOBILE)),
     "student-distilled": ("student, our teachers", _distilled),
     "student-learnt-int8": ("student, our teachers, int8 learnt", partial(_learnt_int8, config="student-distilled")),
     "convolution-distilled": (
@@ -184,21 +197,52 @@ CONFIGS: Configs = {
         "student-edge, our teachers, int8 learnt",
         partial(_learnt_int8, config="student-edge-distilled"),
     ),
+    "student-edge-convolution": (
+        "student-edge, a convolution of equal bytes for the scan, no distillation",
+        on_edge(student, EDGE | {"blocks": EDGE_CONVOLUTION}),
+    ),
+    "student-edge-convolution-distilled": (
+        "student-edge, a convolution of equal bytes for the scan, our teachers",
+        on_edge(_distilled, EDGE | {"blocks": EDGE_CONVOLUTION}),
+    ),
+    "cp-mobile-second": (
+        "CP-Mobile, teachers that were taught",
+        lambda fold: _distilled(fold, CP_MOBILE, SECOND),
+    ),
+    "student-second": ("student, teachers that were taught", lambda fold: _distilled(fold, STUDENT, SECOND)),
+    "convolution-second": (
+        "the scan replaced by a convolution of equal bytes, teachers that were taught",
+        lambda fold: _distilled(fold, STUDENT | {"blocks": CONVOLUTION}, SECOND),
+    ),
+    "student-second-learnt-int8": (
+        "student, teachers that were taught, int8 learnt",
+        partial(_learnt_int8, config="student-second"),
+    ),
 }
 """Name -> its row's title and its sections; in an order in which teachers come first."""
 _SHOWN = {
     "cp-mobile": ("fp16",),
     "cp-mobile-augmented": ("fp16",),
     "cp-mobile-distilled": ("fp16",),
+    "cp-mobile-second": ("fp16",),
     "convolution-distilled": ("fp16", "int8"),
+    "convolution-second": ("fp16", "int8"),
     "student-learnt-int8": ("int8",),
     "student-fp16-distilled": ("fp16",),
     "student-edge-learnt-int8": ("int8",),
+    "student-edge-convolution": ("int8",),
+    "student-edge-convolution-distilled": ("int8",),
+    "student-second": ("fp16", "int8"),
+    "student-second-learnt-int8": ("int8",),
 }
 """Files of a configuration that have a row, where not all have one: CP-Mobile ships as fp16."""
 TEACHERS = ("cp-mobile-augmented", "student", "student-edge")
 """Two networks on 256 mel bins and one on 64: on folds 4 and 5 such a mean was 1.0 point better than one without the
 third (docs/students.md)."""
+SECOND = ("cp-mobile-distilled", "student-distilled", "convolution-distilled", "student-edge-distilled")
+"""Each network that `TEACHERS` have taught, in its turn a teacher."""
+TRAINED = {"student": "03-student", "distill": "04-distill"}
+"""Stage -> its folder."""
 
 
 def measure(classifier: Classifier, test: CachedClips, seen: frozenset[str]) -> dict[str, Any]:
@@ -244,11 +288,19 @@ def _vote(probabilities: np.ndarray, targets: np.ndarray, test: CachedClips, cho
     return macro_accuracy(right, np.array([truth[key] for key in total]))
 
 
+def teachers_of(fold: Benchmark, recipe: Recipe) -> list[str]:
+    """The configurations that teach."""
+    bundles = recipe.distill.teachers if recipe.distill else []
+    return [config for config in CONFIGS if str(fold.bundle(config)) in bundles]
+
+
 def require_teachers(fold: Benchmark, recipe: Recipe) -> None:
     """Trains those that the recipe wants and whose bundles are not here, though perhaps measured elsewhere."""
-    for teacher in TEACHERS if recipe.distill else ():
-        if not Path(fold.bundle(teacher, "03-student")).is_dir():
-            run(fold.recipe(teacher, **CONFIGS[teacher][1](fold)), fold.arguments.work, "student")
+    for teacher in teachers_of(fold, recipe):
+        if not fold.bundle(teacher).is_dir():
+            own = fold.recipe(teacher, **CONFIGS[teacher][1](fold))
+            require_teachers(fold, own)
+            run(own, fold.arguments.work, _trained_by(fold, teacher))
 
 
 def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +330,7 @@ def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[s
         "fold": fold.fold,
         "seed": recipe.seed,
         "epochs": fold.arguments.epochs,
-        "teachers": list(TEACHERS) if recipe.distill else [],
+        "teachers": teachers_of(fold, recipe),
         "train_clips": len(parts.train),
         "test_clips": len(parts.test),
         "minutes": round(minutes, 1),

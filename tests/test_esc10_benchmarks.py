@@ -24,16 +24,29 @@ def benchmarks(monkeypatch):
     return SimpleNamespace(esc10=esc10_mobile, choices=student_choices, devices=device_gain)
 
 
-def int8_bytes(section: dict) -> int:
-    config = folded_config(StudentSection(**section).resolve(256, 65, 10))
+def int8_bytes(section: dict, n_mels: int) -> int:
+    config = folded_config(StudentSection(**section).resolve(n_mels, 65, 10))
     return sum(layer.param_bytes for layer in analytic_stored(config, "int8").values())
 
 
-def test_convolutions_in_place_of_scans_take_as_many_bytes(benchmarks):
-    scan, convolution = (
-        int8_bytes(benchmarks.esc10.STUDENT | changes) for changes in ({}, {"blocks": benchmarks.esc10.CONVOLUTION})
-    )
-    assert convolution == pytest.approx(scan, rel=0.005)
+@pytest.mark.parametrize(
+    "student, convolution, n_mels", [("STUDENT", "CONVOLUTION", 256), ("EDGE", "EDGE_CONVOLUTION", 64)]
+)
+def test_convolutions_in_place_of_scans_take_as_many_bytes(benchmarks, student, convolution, n_mels):
+    scan = getattr(benchmarks.esc10, student)
+    replaced = scan | {"blocks": getattr(benchmarks.esc10, convolution)}
+    assert int8_bytes(replaced, n_mels) == pytest.approx(int8_bytes(scan, n_mels), rel=0.005)
+
+
+def test_teachers_of_the_second_generation_are_those_that_the_first_has_taught(benchmarks, tmp_path):
+    esc10 = benchmarks.esc10
+    fold = esc10.Benchmark(SimpleNamespace(data=tmp_path, responses=tmp_path, work=tmp_path, epochs=40, seed=0), 1)
+    taught = fold.recipe("student-second", **esc10.CONFIGS["student-second"][1](fold))
+    assert sorted(esc10.teachers_of(fold, taught)) == sorted(esc10.SECOND)
+    assert all(path.endswith("04-distill") for path in taught.distill.teachers)
+    first = fold.recipe("student-distilled", **esc10.CONFIGS["student-distilled"][1](fold))
+    assert sorted(esc10.teachers_of(fold, first)) == sorted(esc10.TEACHERS)
+    assert all(path.endswith("03-student") for path in first.distill.teachers)
 
 
 def test_every_configuration_is_a_recipe(benchmarks, tmp_path):
