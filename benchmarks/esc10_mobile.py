@@ -1,6 +1,6 @@
 """Students against CP-Mobile on ESC10-mobile: real recordings through measured microphones, fold by fold.
 
-    python benchmarks/esc10_mobile.py --data DIR [--folds 1 2 3] [--configs student-distilled ...] [--epochs 40]
+    python benchmarks/esc10_mobile.py --data DIR [--folds 1 2 3] [--configs student-distilled ...] [--seed 0]
     python benchmarks/esc10_mobile.py --summary           Markdown of benchmarks/results/esc10_mobile.jsonl
 
 DIR is what make_esc10_mobile.py writes; --responses names the folder of impulse responses (MicIRP).
@@ -73,8 +73,10 @@ class Benchmark:
     def __init__(self, arguments: argparse.Namespace, fold: int) -> None:
         self.arguments, self.fold = arguments, fold
 
-    def name(self, config: str) -> str:
-        return f"esc10-{config}-fold{self.fold}-seed{self.arguments.seed}-{self.arguments.epochs}epochs"
+    def name(self, config: str, seed: int | None = None) -> str:
+        """Args: seed: of the arguments, where None."""
+        seed = self.arguments.seed if seed is None else seed
+        return f"esc10-{config}-fold{self.fold}-seed{seed}-{self.arguments.epochs}epochs"
 
     def recipe(self, config: str, **sections: Any) -> Recipe:
         root = self.arguments.data
@@ -118,8 +120,8 @@ class Benchmark:
         }
 
     def bundle(self, config: str) -> Path:
-        """Where the trained network of a configuration lies."""
-        return self.arguments.work / "runs" / self.name(config) / TRAINED[_trained_by(self, config)]
+        """Where a teacher's network lies: that of TEACHER_SEED, whatever the student's seed."""
+        return self.arguments.work / "runs" / self.name(config, TEACHER_SEED) / TRAINED[_trained_by(self, config)]
 
     def distillation(self, teachers: Sequence[str]) -> dict[str, Any]:
         """Args: teachers: configurations."""
@@ -241,6 +243,8 @@ TEACHERS = ("cp-mobile-augmented", "student", "student-edge")
 third (docs/students.md)."""
 SECOND = ("cp-mobile-distilled", "student-distilled", "convolution-distilled", "student-edge-distilled")
 """Each network that `TEACHERS` have taught, in its turn a teacher."""
+TEACHER_SEED = 0
+"""Each teacher is trained once a fold: seeds of a student differ in the student, its views and its batches."""
 TRAINED = {"student": "03-student", "distill": "04-distill"}
 """Stage -> its folder."""
 
@@ -298,9 +302,10 @@ def require_teachers(fold: Benchmark, recipe: Recipe) -> None:
     """Trains those that the recipe wants and whose bundles are not here, though perhaps measured elsewhere."""
     for teacher in teachers_of(fold, recipe):
         if not fold.bundle(teacher).is_dir():
-            own = fold.recipe(teacher, **CONFIGS[teacher][1](fold))
-            require_teachers(fold, own)
-            run(own, fold.arguments.work, _trained_by(fold, teacher))
+            first = Benchmark(argparse.Namespace(**vars(fold.arguments) | {"seed": TEACHER_SEED}), fold.fold)
+            own = first.recipe(teacher, **CONFIGS[teacher][1](first))
+            require_teachers(first, own)
+            run(own, fold.arguments.work, _trained_by(first, teacher))
 
 
 def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[str, Any]:
@@ -361,6 +366,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
         "configuration",
         "file",
         "folds",
+        "runs",
         "bytes",
         "MACs",
         "all",
@@ -387,7 +393,8 @@ def summary(lines: list[dict[str, Any]]) -> str:
                 [
                     title,
                     precision,
-                    ", ".join(str(line["fold"]) for line in own),
+                    ", ".join(str(fold) for fold in sorted({line["fold"] for line in own})),
+                    str(len(own)),
                     f"{found[0]['param_bytes']:,}",
                     f"{found[0]['macs']:,}",
                 ]

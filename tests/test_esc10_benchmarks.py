@@ -30,7 +30,7 @@ def int8_bytes(section: dict, n_mels: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "student, convolution, n_mels", [("STUDENT", "CONVOLUTION", 256), ("EDGE", "EDGE_CONVOLUTION", 64)]
+    ("student", "convolution", "n_mels"), [("STUDENT", "CONVOLUTION", 256), ("EDGE", "EDGE_CONVOLUTION", 64)]
 )
 def test_convolutions_in_place_of_scans_take_as_many_bytes(benchmarks, student, convolution, n_mels):
     scan = getattr(benchmarks.esc10, student)
@@ -40,13 +40,13 @@ def test_convolutions_in_place_of_scans_take_as_many_bytes(benchmarks, student, 
 
 def test_teachers_of_the_second_generation_are_those_that_the_first_has_taught(benchmarks, tmp_path):
     esc10 = benchmarks.esc10
-    fold = esc10.Benchmark(SimpleNamespace(data=tmp_path, responses=tmp_path, work=tmp_path, epochs=40, seed=0), 1)
+    fold = esc10.Benchmark(SimpleNamespace(data=tmp_path, responses=tmp_path, work=tmp_path, epochs=40, seed=2), 1)
     taught = fold.recipe("student-second", **esc10.CONFIGS["student-second"][1](fold))
     assert sorted(esc10.teachers_of(fold, taught)) == sorted(esc10.SECOND)
-    assert all(path.endswith("04-distill") for path in taught.distill.teachers)
+    assert all(path.endswith("-fold1-seed0-40epochs/04-distill") for path in taught.distill.teachers)
     first = fold.recipe("student-distilled", **esc10.CONFIGS["student-distilled"][1](fold))
     assert sorted(esc10.teachers_of(fold, first)) == sorted(esc10.TEACHERS)
-    assert all(path.endswith("03-student") for path in first.distill.teachers)
+    assert all(path.endswith("-fold1-seed0-40epochs/03-student") for path in first.distill.teachers)
 
 
 def test_every_configuration_is_a_recipe(benchmarks, tmp_path):
@@ -103,4 +103,4 @@ def test_tables_are_means_of_the_lines_that_are_there(benchmarks):
     kept = benchmarks.esc10.read(benchmarks.esc10.RESULTS)
     assert kept == [json.loads(line) for line in benchmarks.esc10.RESULTS.read_text().splitlines()]
     table = benchmarks.esc10.summary([line for line in kept if line["config"] == "cp-mobile" and line["fold"] == 1])
-    assert "| CP-Mobile, its own recipe | fp16 | 1 | 119,588 | 29,416,448 | 80.6 |" in table
+    assert "| CP-Mobile, its own recipe | fp16 | 1 | 1 | 119,588 | 29,416,448 | 80.6 |" in table
