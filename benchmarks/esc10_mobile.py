@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -121,12 +121,11 @@ class Benchmark:
 
     def bundle(self, config: str) -> Path:
         """Where a teacher's network lies: that of TEACHER_SEED, whatever the student's seed."""
-        return self.arguments.work / "runs" / self.name(config, TEACHER_SEED) / TRAINED[_trained_by(self, config)]
+        return self.arguments.work / "runs" / self.name(config, TEACHER_SEED) / "03-student"
 
-    def distillation(self, teachers: Sequence[str]) -> dict[str, Any]:
-        """Args: teachers: configurations."""
-        bundles = [str(self.bundle(config)) for config in teachers]
-        return {"teachers": bundles, "lambda": 0.17, "temperature": 2, "train": self.training()}
+    def distillation(self) -> dict[str, Any]:
+        teachers = [str(self.bundle(config)) for config in TEACHERS]
+        return {"teachers": teachers, "lambda": 0.17, "temperature": 2, "train": self.training()}
 
 
 def _cp_mobile(fold: Benchmark) -> dict[str, Any]:
@@ -143,15 +142,8 @@ def student(fold: Benchmark, network: dict[str, Any] = STUDENT, **augment: Any) 
     return {"student": network | {"train": train | {"augment": train["augment"] | augment}}}
 
 
-def _distilled(
-    fold: Benchmark, network: dict[str, Any] = STUDENT, teachers: Sequence[str] | None = None
-) -> dict[str, Any]:
-    return {"student": network, "distill": fold.distillation(teachers or TEACHERS)}
-
-
-def _trained_by(fold: Benchmark, config: str) -> Literal["student", "distill"]:
-    """The stage of the recipe that trains a configuration."""
-    return "distill" if "distill" in CONFIGS[config][1](fold) else "student"
+def _distilled(fold: Benchmark, network: dict[str, Any] = STUDENT) -> dict[str, Any]:
+    return {"student": network, "distill": fold.distillation()}
 
 
 def learning_int8(fold: Benchmark, epochs: int) -> dict[str, Any]:
@@ -207,46 +199,25 @@ CONFIGS: Configs = {
         "student-edge, a convolution of equal bytes for the scan, our teachers",
         on_edge(_distilled, EDGE | {"blocks": EDGE_CONVOLUTION}),
     ),
-    "cp-mobile-second": (
-        "CP-Mobile, teachers that were taught",
-        lambda fold: _distilled(fold, CP_MOBILE, SECOND),
-    ),
-    "student-second": ("student, teachers that were taught", lambda fold: _distilled(fold, STUDENT, SECOND)),
-    "convolution-second": (
-        "the scan replaced by a convolution of equal bytes, teachers that were taught",
-        lambda fold: _distilled(fold, STUDENT | {"blocks": CONVOLUTION}, SECOND),
-    ),
-    "student-second-learnt-int8": (
-        "student, teachers that were taught, int8 learnt",
-        partial(_learnt_int8, config="student-second"),
-    ),
 }
 """Name -> its row's title and its sections; in an order in which teachers come first."""
 _SHOWN = {
     "cp-mobile": ("fp16",),
     "cp-mobile-augmented": ("fp16",),
     "cp-mobile-distilled": ("fp16",),
-    "cp-mobile-second": ("fp16",),
     "convolution-distilled": ("fp16", "int8"),
-    "convolution-second": ("fp16", "int8"),
     "student-learnt-int8": ("int8",),
     "student-fp16-distilled": ("fp16",),
     "student-edge-learnt-int8": ("int8",),
     "student-edge-convolution": ("int8",),
     "student-edge-convolution-distilled": ("int8",),
-    "student-second": ("fp16", "int8"),
-    "student-second-learnt-int8": ("int8",),
 }
 """Files of a configuration that have a row, where not all have one: CP-Mobile ships as fp16."""
 TEACHERS = ("cp-mobile-augmented", "student", "student-edge")
 """Two networks on 256 mel bins and one on 64: on folds 4 and 5 such a mean was 1.0 point better than one without the
 third (docs/students.md)."""
-SECOND = ("cp-mobile-distilled", "student-distilled", "convolution-distilled", "student-edge-distilled")
-"""Each network that `TEACHERS` have taught, in its turn a teacher."""
 TEACHER_SEED = 0
 """Each teacher is trained once a fold: seeds of a student differ in the student, its views and its batches."""
-TRAINED = {"student": "03-student", "distill": "04-distill"}
-"""Stage -> its folder."""
 
 
 def measure(classifier: Classifier, test: CachedClips, seen: frozenset[str]) -> dict[str, Any]:
@@ -292,20 +263,12 @@ def _vote(probabilities: np.ndarray, targets: np.ndarray, test: CachedClips, cho
     return macro_accuracy(right, np.array([truth[key] for key in total]))
 
 
-def teachers_of(fold: Benchmark, recipe: Recipe) -> list[str]:
-    """The configurations that teach."""
-    bundles = recipe.distill.teachers if recipe.distill else []
-    return [config for config in CONFIGS if str(fold.bundle(config)) in bundles]
-
-
 def require_teachers(fold: Benchmark, recipe: Recipe) -> None:
     """Trains those that the recipe wants and whose bundles are not here, though perhaps measured elsewhere."""
-    for teacher in teachers_of(fold, recipe):
+    first = Benchmark(argparse.Namespace(**vars(fold.arguments) | {"seed": TEACHER_SEED}), fold.fold)
+    for teacher in TEACHERS if recipe.distill else ():
         if not fold.bundle(teacher).is_dir():
-            first = Benchmark(argparse.Namespace(**vars(fold.arguments) | {"seed": TEACHER_SEED}), fold.fold)
-            own = first.recipe(teacher, **CONFIGS[teacher][1](first))
-            require_teachers(first, own)
-            run(own, fold.arguments.work, _trained_by(first, teacher))
+            run(first.recipe(teacher, **CONFIGS[teacher][1](first)), fold.arguments.work, "student")
 
 
 def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +298,7 @@ def run_config(fold: Benchmark, config: str, sections: dict[str, Any]) -> dict[s
         "fold": fold.fold,
         "seed": recipe.seed,
         "epochs": fold.arguments.epochs,
-        "teachers": teachers_of(fold, recipe),
+        "teachers": list(TEACHERS) if recipe.distill else [],
         "train_clips": len(parts.train),
         "test_clips": len(parts.test),
         "minutes": round(minutes, 1),

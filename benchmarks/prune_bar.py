@@ -26,17 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from esc10_mobile import (
-    EDGE,
-    EDGE_FRONT_END,
-    TEACHERS,
-    Benchmark,
-    add_training_arguments,
-    append,
-    parsed,
-    read,
-    run_config,
-)
+from esc10_mobile import EDGE, EDGE_FRONT_END, Benchmark, add_training_arguments, append, parsed, read, run_config
 
 from aum_compress.audio.config import LogMelConfig
 from aum_compress.budget.analytic import analytic_macs
@@ -167,7 +157,7 @@ class Bar:
 
     def trained(self, epochs: int) -> dict[str, Any]:
         """A `distill` section of so many epochs."""
-        section = self.fold.distillation(TEACHERS)
+        section = self.fold.distillation()
         return section | {"train": section["train"] | {"epochs": epochs}}
 
     def prune(self, last: int, **changes: Any) -> dict[str, Any]:
