@@ -181,6 +181,10 @@ CONFIGS: Configs = {
         "the scan replaced by a convolution of equal bytes, our teachers",
         partial(_distilled, network=STUDENT | {"blocks": CONVOLUTION}),
     ),
+    "convolution-learnt-int8": (
+        "the scan replaced by a convolution of equal bytes, our teachers, int8 learnt",
+        partial(_learnt_int8, config="convolution-distilled"),
+    ),
     "student-fp16-distilled": (
         "student-fp16, our teachers",
         partial(_distilled, network={"preset": "student-fp16"}),
@@ -207,6 +211,7 @@ _SHOWN = {
     "cp-mobile-distilled": ("fp16",),
     "convolution-distilled": ("fp16", "int8"),
     "student-learnt-int8": ("int8",),
+    "convolution-learnt-int8": ("int8",),
     "student-fp16-distilled": ("fp16",),
     "student-edge-learnt-int8": ("int8",),
     "student-edge-convolution": ("int8",),
