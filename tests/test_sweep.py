@@ -233,6 +233,22 @@ def test_what_is_not_trained_does_not_count_as_tried(tiny, monkeypatch):
     assert len(work(tiny("student.d_model=1..9999", folder="none", trials=1))["trials"]) == MOST_DRAWS
 
 
+def test_a_sweep_goes_on_where_what_looks_best_does_not_fit_together(tiny, monkeypatch):
+    """Of two values that are best each, but refused together, the estimator draws nothing else."""
+
+    def fake(sweep, values):
+        first, second = (values[f"student.{key}"] for key in ("d_model", "d_inner"))
+        if first == second == 8:
+            return Result("invalid", "do not fit together")
+        return Result("complete", "", 90.0 if 8 in (first, second) else 10.0, 1000, 1, "trials/x")
+
+    _fake_trials(monkeypatch)
+    monkeypatch.setattr("aum_compress.sweep.worker.run_trial", fake)
+    names = ("d_model", "d_inner", "d_state", "dt_rank", "depth")
+    rows = work(tiny(*(f"student.{name}=4,8,12,16,20" for name in names), trials=40))["trials"]
+    assert sum(row["state"] == "complete" for row in rows) == 40
+
+
 def test_a_study_goes_on_and_grows(tiny, monkeypatch):
     _fake_trials(monkeypatch)
     first = work(tiny("student.d_model=4..64", trials=2))["trials"]

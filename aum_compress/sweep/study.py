@@ -23,7 +23,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.exceptions import OptunaError
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -174,7 +174,7 @@ class Study:
                 lock.release()
 
     def _take(self) -> Taken | None:
-        for _ in range(MOST_DRAWS):
+        for draw in range(MOST_DRAWS):
             trials = self.study.get_trials(deepcopy=False)
             waiting = any(trial.state == TrialState.WAITING for trial in trials)
             own = [trial for trial in trials if not trial.user_attrs.get("came_back")]
@@ -182,9 +182,7 @@ class Study:
             wanted = self.sweep.trials or 0
             if not waiting and (trained >= wanted or len(own) >= MOST_DRAWS * wanted):
                 return None
-            # a sampler of its own for each draw: what is drawn follows from the seed and the trials so far
-            seed = (self.seed + 1) * 1_000_003 + len(trials)
-            self.study.sampler = TPESampler(seed=seed % 2**32, constant_liar=True)
+            self.study.sampler = self._sampler(len(trials), draw)
             trial = self.study.ask(_distributions(self.sweep))
             known = [other for other in own if other.params == trial.params and other.number != trial.number]
             if known and not waiting:
@@ -196,6 +194,15 @@ class Study:
             return Taken(trial.number, dict(trial.params), lock)
         log(f"sweep: the last {MOST_DRAWS} combinations drawn had been tried; there seem to be no others")
         return None
+
+    def _sampler(self, n_trials: int, draw: int) -> BaseSampler:
+        """One for each draw: what is drawn follows from the seed and the trials so far.
+
+        What looks best to the estimator is one combination, whatever the seed, and stays so where it was not trained:
+        once it has drawn what is known, chance draws.
+        """
+        seed = ((self.seed + 1) * 1_000_003 + n_trials) % 2**32
+        return RandomSampler(seed=seed) if draw else TPESampler(seed=seed, constant_liar=True)
 
     def _lock_of(self, number: int) -> FileLock:
         return FileLock(self.sweep.folder / "locks" / f"{number}", timeout=0)
