@@ -73,10 +73,13 @@ class Benchmark:
     def __init__(self, arguments: argparse.Namespace, fold: int) -> None:
         self.arguments, self.fold = arguments, fold
 
-    def name(self, config: str, seed: int | None = None) -> str:
-        """Args: seed: of the arguments, where None."""
-        seed = self.arguments.seed if seed is None else seed
-        return f"esc10-{config}-fold{self.fold}-seed{seed}-{self.arguments.epochs}epochs"
+    @property
+    def of_teachers(self) -> "Benchmark":
+        """The same fold with the teachers' seed, whatever the student's."""
+        return Benchmark(argparse.Namespace(**vars(self.arguments) | {"seed": TEACHER_SEED}), self.fold)
+
+    def name(self, config: str) -> str:
+        return f"esc10-{config}-fold{self.fold}-seed{self.arguments.seed}-{self.arguments.epochs}epochs"
 
     def recipe(self, config: str, **sections: Any) -> Recipe:
         root = self.arguments.data
@@ -120,11 +123,11 @@ class Benchmark:
         }
 
     def bundle(self, config: str) -> Path:
-        """Where a teacher's network lies: that of TEACHER_SEED, whatever the student's seed."""
-        return self.arguments.work / "runs" / self.name(config, TEACHER_SEED) / "03-student"
+        """Where a network that learns from labels lies."""
+        return self.arguments.work / "runs" / self.name(config) / "03-student"
 
     def distillation(self) -> dict[str, Any]:
-        teachers = [str(self.bundle(config)) for config in TEACHERS]
+        teachers = [str(self.of_teachers.bundle(config)) for config in TEACHERS]
         return {"teachers": teachers, "lambda": 0.17, "temperature": 2, "train": self.training()}
 
 
@@ -270,9 +273,9 @@ def _vote(probabilities: np.ndarray, targets: np.ndarray, test: CachedClips, cho
 
 def require_teachers(fold: Benchmark, recipe: Recipe) -> None:
     """Trains those that the recipe wants and whose bundles are not here, though perhaps measured elsewhere."""
-    first = Benchmark(argparse.Namespace(**vars(fold.arguments) | {"seed": TEACHER_SEED}), fold.fold)
+    first = fold.of_teachers
     for teacher in TEACHERS if recipe.distill else ():
-        if not fold.bundle(teacher).is_dir():
+        if not first.bundle(teacher).is_dir():
             run(first.recipe(teacher, **CONFIGS[teacher][1](first)), fold.arguments.work, "student")
 
 
